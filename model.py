@@ -1,0 +1,347 @@
+"""ReDi's network and its two diffusion processes: DiT and SiT over image latents x and features z.
+
+    net = build("SiT-XL/2", fusion="merged", r=8, n_classes=1000, x_channels=4, x_size=32)
+    pred_x, pred_z = net(x_t, z_t, t, y)
+
+Module names and shapes are those of the published DiT and SiT weights. ReDi: arXiv 2504.16064;
+DiT: 2212.09748; SiT: 2401.08740. B batch, L tokens, C width, p patch, r channels of z.
+"""
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# depth, width, heads: table 1 of the DiT paper; T is ours, for digits and tests
+SIZES = {"T": (4, 128, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16),
+         "XL": (28, 1152, 16)}
+PATCHES = (2, 4, 8)
+FUSIONS = ("none", "merged", "separate")
+
+
+# ------------------------------------------------------------------ the two processes
+# A process noises a clean sample, x_t = alpha_t x + sigma_t eps, says what the network's output
+# means and what it costs to be wrong. x and z share t and have independent noise.
+
+def column(values):
+    """(B,) -> (B, 1, 1, 1), to broadcast over (B, C, H, W)."""
+    return values.view(-1, 1, 1, 1)
+
+
+class Flow:
+    """SiT's linear path: x_t = t x + (1 - t) eps with t in [0, 1], t = 1 is data; the net predicts
+    the velocity v = dx_t/dt = x - eps."""
+    outputs = 1                                       # output channels per input channel: v
+
+    def draw_t(self, u):
+        """Times (B,) from u (B,), uniform in [0, 1)."""
+        return u
+
+    def data_time(self, t):
+        """t on a common scale from 0 (noise) to 1 (data), for logging."""
+        return t
+
+    def add_noise(self, x, eps, t):
+        return column(t) * x + (1 - column(t)) * eps
+
+    def loss(self, pred, x, eps, t):
+        """(B,) mean squared error of the velocity."""
+        return (pred - (x - eps)).square().mean((1, 2, 3))
+
+    def x_hat(self, pred, x_t, t):
+        """The clean sample that the prediction implies, for one time t."""
+        return x_t + (1 - t) * pred
+
+    def score(self, pred, x_t, t):
+        """grad log p_t(x_t), for one time t < 1."""
+        return (t * pred - x_t) / (1 - t)
+
+
+class DDPM:
+    """DiT's chain of 1000 steps, beta linear from 1e-4 to 0.02: x_t = sqrt(a) x + sqrt(1 - a) eps with
+    a = alpha_bar_t; t = 0 is nearly data, t = 999 noise. The net predicts eps (first half of its
+    channels) and where log-variance lies between its bounds (second half), as in arXiv 2102.09672."""
+    outputs = 2                                       # output channels per input channel: eps, variance
+    n_timesteps = 1000
+
+    def __init__(self, timesteps=None):
+        """timesteps: ascending indices into the 1000 steps that form a shorter chain; None: all."""
+        beta = torch.linspace(1e-4, 0.02, self.n_timesteps, dtype=torch.float64)
+        alpha_bar = torch.cumprod(1 - beta, 0)
+        if timesteps is None:
+            timesteps = range(self.n_timesteps)
+        self.timesteps = list(timesteps)              # what the net is told at each step of this chain
+        self.alpha_bar = alpha_bar[self.timesteps]
+        before = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
+        self.beta = 1 - self.alpha_bar / before
+        posterior = self.beta * (1 - before) / (1 - self.alpha_bar)     # beta tilde; 0 at t = 0,
+        posterior[0] = posterior[1]                                     # where its log is not wanted
+        self.log_posterior = posterior.log()
+
+    def respaced(self, steps):
+        """The same process on `steps` (2..1000) of its timesteps, first and last included."""
+        assert 2 <= steps <= self.n_timesteps, steps
+        last = self.n_timesteps - 1
+        return DDPM([round(i * last / (steps - 1)) for i in range(steps)])
+
+    @functools.lru_cache(maxsize=None)
+    def _table(self, name, device):
+        return getattr(self, name).to(device)
+
+    def at(self, name, t, like):
+        """Entry t (B,) of a float64 table as `like`'s dtype, (B, 1, 1, 1)."""
+        return column(self._table(name, t.device)[t].to(like.dtype))
+
+    def draw_t(self, u):
+        return (u * self.n_timesteps).long()
+
+    def data_time(self, t):
+        return 1 - t / (self.n_timesteps - 1)
+
+    def add_noise(self, x, eps, t):
+        alpha_bar = self.at("alpha_bar", t, x)
+        return alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * eps
+
+    def log_variance(self, out, t):
+        """Log-variance of p(x_{t-1} | x_t) between log beta tilde (out = -1) and log beta (out = 1)."""
+        share = (out + 1) / 2
+        return share * self.at("beta", t, out).log() + (1 - share) * self.at("log_posterior", t, out)
+
+    def loss(self, pred, x, eps, t):
+        """(B,) mean squared error of eps + the variational bound, which trains the variance alone."""
+        pred_eps, out = pred.chunk(2, 1)
+        return (pred_eps - eps).square().mean((1, 2, 3)) + self.vlb(pred_eps.detach(), out, x, eps, t)
+
+    def vlb(self, pred_eps, out, x, eps, t):
+        """(B,) bits per element: KL(q(x_{t-1} | x_t, x) || p(x_{t-1} | x_t)); at t = 0 the negative
+        log-likelihood of x in bins of 2/255 (arXiv 2006.11239, equations 5 and 13).
+
+        Both means are affine in x and x_t, so that they differ by beta / (sigma sqrt(1 - beta)) times
+        the error of eps, and x_t cancels. At t = 0 the factor is sigma / sqrt(alpha_bar): the same.
+        """
+        beta, log_true, log_var = self.at("beta", t, x), self.at("log_posterior", t, x), self.log_variance(out, t)
+        sigma = (1 - self.at("alpha_bar", t, x)).sqrt()
+        gap = beta / (sigma * (1 - beta).sqrt()) * (pred_eps - eps)     # true mean - predicted mean
+        kl = 0.5 * (log_var - log_true + (log_true - log_var).exp() + gap.square() * (-log_var).exp() - 1)
+        nll = -log_likelihood_in_bins(x, x - gap, 0.5 * log_var)
+        return torch.where(t == 0, nll.mean((1, 2, 3)), kl.mean((1, 2, 3))) / math.log(2)
+
+    def x_hat(self, pred, x_t, t):
+        """The clean sample that the prediction implies, for one step t of this chain; not clipped."""
+        alpha_bar = self.alpha_bar[t].item()
+        return (x_t - math.sqrt(1 - alpha_bar) * pred[:, :x_t.shape[1]]) / math.sqrt(alpha_bar)
+
+    def score(self, pred, x_t, t):
+        return -pred[:, :x_t.shape[1]] / math.sqrt(1 - self.alpha_bar[t].item())
+
+    def posterior(self, pred, x_t, t):
+        """Mean and log-variance of p(x_{t-1} | x_t), for one step t of this chain."""
+        pred_eps, out = pred.chunk(2, 1)
+        beta, alpha_bar = self.beta[t].item(), self.alpha_bar[t].item()
+        mean = (x_t - beta / math.sqrt(1 - alpha_bar) * pred_eps) / math.sqrt(1 - beta)
+        return mean, self.log_variance(out, torch.full((len(x_t),), t, device=x_t.device))
+
+
+def log_likelihood_in_bins(x, mean, log_std):
+    """Log-probability (nats) of the bin of width 2/255 around x under a Gaussian, the outer bins open.
+
+    As in DiT: the normal CDF by its tanh approximation, probabilities at least 1e-12.
+    """
+    def cdf(value):
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value ** 3)))
+
+    upper = cdf((x - mean + 1 / 255) * (-log_std).exp())
+    lower = cdf((x - mean - 1 / 255) * (-log_std).exp())
+    inside = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return inside.clamp(min=1e-12).log()
+
+
+FAMILIES = {"DiT": DDPM, "SiT": Flow}
+NAMES = tuple(f"{family}-{size}/{p}" for family in FAMILIES for size in SIZES for p in PATCHES)
+
+
+# ------------------------------------------------------------------ the network
+
+class PatchEmbed(nn.Module):
+    """(B, channels, H, W) -> tokens (B, L, C)."""
+    def __init__(self, channels, patch, width):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+        nn.init.xavier_uniform_(self.proj.weight.view(width, -1))       # as a Linear layer
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """t (B,) -> (B, C). SiT's t in [0, 1] and DiT's integers 0..999 go in as they are."""
+    def __init__(self, width, n_frequencies=128):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * n_frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        frequencies = torch.exp(-math.log(10000) * torch.arange(n_frequencies) / n_frequencies)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, t):
+        angles = t[:, None].float() * self.frequencies                  # (B, n_frequencies) in float32
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """y (B,) -> (B, C); index n_classes is the null class."""
+    def __init__(self, n_classes, width):
+        super().__init__()
+        self.embedding_table = nn.Embedding(n_classes + 1, width)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, h):
+        B, L, C = h.shape
+        q, k, v = self.qkv(h).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)     # (B, heads, L, -)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, C))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width, ratio=4):
+        super().__init__()
+        self.fc1 = nn.Linear(width, ratio * width)
+        self.fc2 = nn.Linear(ratio * width, width)
+
+    def forward(self, h):
+        return self.fc2(F.gelu(self.fc1(h), approximate="tanh"))
+
+
+def modulate(h, shift, scale):
+    """Layer norm without affine, then the conditioning's shift and scale (B, C) on every token."""
+    return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+
+class Block(nn.Module):
+    """Transformer block with adaLN-Zero: gates are 0 at initialisation, so the block is the identity."""
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.mlp = Mlp(width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, h, c):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, 1)
+        h = h + gate_a[:, None] * self.attn(modulate(h, shift_a, scale_a))
+        return h + gate_m[:, None] * self.mlp(modulate(h, shift_m, scale_m))
+
+
+class FinalLayer(nn.Module):
+    """One norm and modulation; a decoder per modality: `linear` for x, `linear_z` for z."""
+    def __init__(self, width, x_outputs, z_outputs):
+        super().__init__()
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.linear = nn.Linear(width, x_outputs)
+        self.linear_z = nn.Linear(width, z_outputs) if z_outputs else None
+
+
+class ReDi(nn.Module):
+    """net(x_t, z_t, t, y) -> (pred_x, pred_z), what they mean being up to `net.process`.
+
+    x_t (B, x_channels, x_size, x_size); z_t (B, r, x_size, x_size), None without fusion; t (B,); y (B,) in
+    0..n_classes, n_classes being the null class. pred_* has process.outputs times the channels.
+    """
+    def __init__(self, family, depth, width, heads, patch, fusion, r, n_classes, x_channels, x_size):
+        super().__init__()
+        self.process = FAMILIES[family]()
+        self.fusion, self.r, self.n_classes = fusion, r, n_classes
+        self.patch, self.x_channels, self.x_size = patch, x_channels, x_size
+        grid, per_channel = x_size // patch, patch ** 2 * self.process.outputs
+        self.x_embedder = PatchEmbed(x_channels, patch, width)
+        self.z_embedder = PatchEmbed(r, patch, width) if r else None
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(n_classes, width)
+        self.register_buffer("pos_embed", sincos_2d(width, grid)[None])                # (1, L, C)
+        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
+        self.final_layer = FinalLayer(width, per_channel * x_channels, per_channel * r)
+        self.initialize()
+
+    def initialize(self):
+        """DiT's: Xavier everywhere, small embeddings, and zero where a zero makes the net start simple."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight,
+                       self.t_embedder.mlp[2].weight):
+            nn.init.normal_(weight, std=0.02)
+        zero = [block.adaLN_modulation[1] for block in self.blocks]
+        zero += [m for m in self.final_layer.modules() if isinstance(m, nn.Linear)]
+        for linear in zero:
+            nn.init.zeros_(linear.weight)
+
+    def forward(self, x_t, z_t, t, y):
+        c = self.t_embedder(t) + self.y_embedder(y)                                    # (B, C)
+        h = self.x_embedder(x_t) + self.pos_embed                                      # (B, L, C)
+        if self.fusion == "merged":
+            h = h + self.z_embedder(z_t)                                               # (B, L, C)
+        elif self.fusion == "separate":
+            h = torch.cat([h, self.z_embedder(z_t) + self.pos_embed], 1)               # (B, 2L, C)
+        for block in self.blocks:
+            h = block(h, c)
+        shift, scale = self.final_layer.adaLN_modulation(c).chunk(2, 1)
+        h = modulate(h, shift, scale)
+        h_x, h_z = h.chunk(2, 1) if self.fusion == "separate" else (h, h)              # (B, L, C) each
+        pred_x = self.unpatchify(self.final_layer.linear(h_x))                         # (B, -, H, W)
+        return pred_x, self.unpatchify(self.final_layer.linear_z(h_z)) if self.r else None
+
+    def unpatchify(self, h):
+        """(B, L, p * p * channels) -> (B, channels, H, W); a token's values are ordered (p, p, channel)."""
+        g, p = self.x_size // self.patch, self.patch
+        return h.view(len(h), g, g, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(len(h), -1, g * p, g * p)
+
+
+def sincos_2d(width, grid):
+    """(grid * grid, width) fixed positions: sin and cos of the column, then of the row (MAE's order)."""
+    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega                  # (grid, width / 4)
+    one_axis = torch.cat([angles.sin(), angles.cos()], 1)                              # (grid, width / 2)
+    columns, rows = one_axis.repeat(grid, 1), one_axis.repeat_interleave(grid, 0)
+    return torch.cat([columns, rows], 1).float()
+
+
+def drop_z(z_t, dropped):
+    """The z-null: z_t = 0 where `dropped` (B,) is true. Training's z-dropout and representation
+    guidance both go through here, so that the net is asked what it was taught: e(x_t) = e(x_t, 0, t)."""
+    return z_t.masked_fill(column(dropped), 0)
+
+
+def parse_name(name):
+    """"SiT-XL/2" -> ("SiT", "XL", 2). ValueError, with the list of names, for any other spelling."""
+    if name not in NAMES:
+        raise ValueError(f"unknown model {name!r}; choose from: {', '.join(NAMES)}")
+    family, rest = name.split("-")
+    size, patch = rest.split("/")
+    return family, size, int(patch)
+
+
+def build(name, fusion="merged", r=8, n_classes=1000, x_channels=4, x_size=32):
+    """The network of that name, initialised from torch's global generator.
+
+    fusion: none (a plain DiT/SiT; r counts as 0), merged (one token carries x and z) or separate (twice
+    the tokens). n_classes=0: unconditional. ValueError for names, fusions and sizes that do not exist.
+    """
+    family, size, patch = parse_name(name)
+    if fusion not in FUSIONS:
+        raise ValueError(f"unknown fusion {fusion!r}; choose from: {', '.join(FUSIONS)}")
+    if fusion != "none" and r < 1:
+        raise ValueError(f"fusion {fusion!r} needs r >= 1 channels of z, got r={r}; or choose fusion 'none'")
+    if x_size % patch:
+        raise ValueError(f"{name} cuts patches of {patch}, which do not fill x_size={x_size}")
+    depth, width, heads = SIZES[size]
+    return ReDi(family, depth, width, heads, patch, fusion, r if fusion != "none" else 0,
+                n_classes, x_channels, x_size)
