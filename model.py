@@ -1,4 +1,4 @@
-"""ReDi's network and its two diffusion processes: DiT and SiT over image latents x and features z.
+"""ReDi's network and its two processes: DiT and SiT over image latents x and features z.
 
     net = build("SiT-XL/2", fusion="merged", r=8, n_classes=1000, x_channels=4, x_size=32)
     pred_x, pred_z = net(x_t, z_t, t, y)
@@ -20,7 +20,6 @@ PATCHES = (2, 4, 8)
 FUSIONS = ("none", "merged", "separate")
 
 
-# ------------------------------------------------------------------ the two processes
 # A process noises a clean sample, x_t = alpha_t x + sigma_t eps, says what the network's output
 # means and what it costs to be wrong. x and z share t and have independent noise.
 
@@ -59,10 +58,10 @@ class Flow:
 
 
 class DDPM:
-    """DiT's chain of 1000 steps, beta linear from 1e-4 to 0.02: x_t = sqrt(a) x + sqrt(1 - a) eps with
-    a = alpha_bar_t; t = 0 is nearly data, t = 999 noise. The net predicts eps (first half of its
-    channels) and where log-variance lies between its bounds (second half), as in arXiv 2102.09672."""
-    outputs = 2                                       # output channels per input channel: eps, variance
+    """DiT's chain of 1000 steps, beta linear from 1e-4 to 0.02: x_t = sqrt(a) x + sqrt(1 - a) eps
+    with a = alpha_bar_t; t = 0 is nearly data, t = 999 noise. The net predicts eps (first half of
+    its channels) and where log-variance lies between its bounds (second half; 2102.09672)."""
+    outputs = 2                                       # per input channel: eps and a variance value
     n_timesteps = 1000
 
     def __init__(self, timesteps=None):
@@ -71,13 +70,16 @@ class DDPM:
         alpha_bar = torch.cumprod(1 - beta, 0)
         if timesteps is None:
             timesteps = range(self.n_timesteps)
-        self.timesteps = list(timesteps)              # what the net is told at each step of this chain
-        self.alpha_bar = alpha_bar[self.timesteps]
-        before = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
-        self.beta = 1 - self.alpha_bar / before
-        posterior = self.beta * (1 - before) / (1 - self.alpha_bar)     # beta tilde; 0 at t = 0,
-        posterior[0] = posterior[1]                                     # where its log is not wanted
-        self.log_posterior = posterior.log()
+        self.timesteps = list(timesteps)              # what the net is told at each step
+        alpha_bar = alpha_bar[self.timesteps]
+        before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        beta = 1 - alpha_bar / before
+        posterior = beta * (1 - before) / (1 - alpha_bar)               # beta tilde, 0 at t = 0;
+        posterior[0] = posterior[1]                                     # its log would be -inf
+        # differences with 1 are taken here, in float64: in float32 they lose 3 digits at t = 0
+        self.alpha, self.sigma, self.beta = alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), beta
+        self.log_beta, self.log_posterior = beta.log(), posterior.log()
+        self.mean_per_eps = beta / (self.sigma * (1 - beta).sqrt())     # of p(x_{t-1} | x_t)
 
     def respaced(self, steps):
         """The same process on `steps` (2..1000) of its timesteps, first and last included."""
@@ -100,54 +102,50 @@ class DDPM:
         return 1 - t / (self.n_timesteps - 1)
 
     def add_noise(self, x, eps, t):
-        alpha_bar = self.at("alpha_bar", t, x)
-        return alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * eps
+        return self.at("alpha", t, x) * x + self.at("sigma", t, x) * eps
 
     def log_variance(self, out, t):
-        """Log-variance of p(x_{t-1} | x_t) between log beta tilde (out = -1) and log beta (out = 1)."""
-        share = (out + 1) / 2
-        return share * self.at("beta", t, out).log() + (1 - share) * self.at("log_posterior", t, out)
+        """Log-variance of p(x_{t-1} | x_t), from log beta tilde (out = -1) to log beta (1)."""
+        f = (out + 1) / 2
+        return f * self.at("log_beta", t, out) + (1 - f) * self.at("log_posterior", t, out)
 
     def loss(self, pred, x, eps, t):
-        """(B,) mean squared error of eps + the variational bound, which trains the variance alone."""
+        """(B,) mean squared error of eps + variational bound, which trains the variance alone."""
         pred_eps, out = pred.chunk(2, 1)
-        return (pred_eps - eps).square().mean((1, 2, 3)) + self.vlb(pred_eps.detach(), out, x, eps, t)
+        mse = (pred_eps - eps).square().mean((1, 2, 3))
+        return mse + self.vlb(pred_eps.detach(), out, x, eps, t)
 
     def vlb(self, pred_eps, out, x, eps, t):
-        """(B,) bits per element: KL(q(x_{t-1} | x_t, x) || p(x_{t-1} | x_t)); at t = 0 the negative
-        log-likelihood of x in bins of 2/255 (arXiv 2006.11239, equations 5 and 13).
+        """(B,) bits per element: KL(q(x_{t-1} | x_t, x) || p(x_{t-1} | x_t)); at t = 0 the
+        negative log-likelihood of x in bins of 2/255 (arXiv 2006.11239, equations 5 and 13).
 
-        Both means are affine in x and x_t, so that they differ by beta / (sigma sqrt(1 - beta)) times
-        the error of eps, and x_t cancels. At t = 0 the factor is sigma / sqrt(alpha_bar): the same.
+        Both means are (x_t - beta / sigma * eps) / sqrt(1 - beta), one with the true eps: x_t
+        cancels in their difference. At t = 0 the true mean is x itself.
         """
-        beta, log_true, log_var = self.at("beta", t, x), self.at("log_posterior", t, x), self.log_variance(out, t)
-        sigma = (1 - self.at("alpha_bar", t, x)).sqrt()
-        gap = beta / (sigma * (1 - beta).sqrt()) * (pred_eps - eps)     # true mean - predicted mean
-        kl = 0.5 * (log_var - log_true + (log_true - log_var).exp() + gap.square() * (-log_var).exp() - 1)
+        log_true, log_var = self.at("log_posterior", t, x), self.log_variance(out, t)
+        gap = self.at("mean_per_eps", t, x) * (pred_eps - eps)          # true mean - predicted mean
+        kl = 0.5 * (log_var - log_true + (log_true - log_var).exp() - 1
+                    + gap.square() * (-log_var).exp())
         nll = -log_likelihood_in_bins(x, x - gap, 0.5 * log_var)
         return torch.where(t == 0, nll.mean((1, 2, 3)), kl.mean((1, 2, 3))) / math.log(2)
 
     def x_hat(self, pred, x_t, t):
-        """The clean sample that the prediction implies, for one step t of this chain; not clipped."""
-        alpha_bar = self.alpha_bar[t].item()
-        return (x_t - math.sqrt(1 - alpha_bar) * pred[:, :x_t.shape[1]]) / math.sqrt(alpha_bar)
+        """The clean sample that the prediction implies, for one step t; not clipped."""
+        return (x_t - self.sigma[t].item() * pred[:, :x_t.shape[1]]) / self.alpha[t].item()
 
     def score(self, pred, x_t, t):
-        return -pred[:, :x_t.shape[1]] / math.sqrt(1 - self.alpha_bar[t].item())
+        return -pred[:, :x_t.shape[1]] / self.sigma[t].item()
 
     def posterior(self, pred, x_t, t):
         """Mean and log-variance of p(x_{t-1} | x_t), for one step t of this chain."""
         pred_eps, out = pred.chunk(2, 1)
-        beta, alpha_bar = self.beta[t].item(), self.alpha_bar[t].item()
-        mean = (x_t - beta / math.sqrt(1 - alpha_bar) * pred_eps) / math.sqrt(1 - beta)
+        mean = x_t / (1 - self.beta[t].item()) ** 0.5 - self.mean_per_eps[t].item() * pred_eps
         return mean, self.log_variance(out, torch.full((len(x_t),), t, device=x_t.device))
 
 
 def log_likelihood_in_bins(x, mean, log_std):
-    """Log-probability (nats) of the bin of width 2/255 around x under a Gaussian, the outer bins open.
-
-    As in DiT: the normal CDF by its tanh approximation, probabilities at least 1e-12.
-    """
+    """Log-probability (nats) of the bin of width 2/255 around x under a Gaussian, the outermost
+    bins open. As in DiT: the normal CDF by its tanh approximation, probabilities >= 1e-12."""
     def cdf(value):
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value ** 3)))
 
@@ -161,30 +159,33 @@ FAMILIES = {"DiT": DDPM, "SiT": Flow}
 NAMES = tuple(f"{family}-{size}/{p}" for family in FAMILIES for size in SIZES for p in PATCHES)
 
 
-# ------------------------------------------------------------------ the network
-
 class PatchEmbed(nn.Module):
     """(B, channels, H, W) -> tokens (B, L, C)."""
     def __init__(self, channels, patch, width):
         super().__init__()
-        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+        self.patch = patch
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)     # holds the weights: a
         nn.init.xavier_uniform_(self.proj.weight.view(width, -1))       # as a Linear layer
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)
+        B, channels, H, W = x.shape
+        p, weight = self.patch, self.proj.weight.flatten(1)             # matrix product is faster
+        x = x.view(B, channels, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(x.reshape(B, -1, weight.shape[1]), weight, self.proj.bias)
 
 
 class TimestepEmbedder(nn.Module):
     """t (B,) -> (B, C). SiT's t in [0, 1] and DiT's integers 0..999 go in as they are."""
     def __init__(self, width, n_frequencies=128):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(2 * n_frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(2 * n_frequencies, width), nn.SiLU(),
+                                 nn.Linear(width, width))
         frequencies = torch.exp(-math.log(10000) * torch.arange(n_frequencies) / n_frequencies)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, t):
-        angles = t[:, None].float() * self.frequencies                  # (B, n_frequencies) in float32
+        angles = t[:, None].float() * self.frequencies                 # (B, n_frequencies), float32
         return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(self.mlp[0].weight.dtype))
 
 
@@ -207,8 +208,9 @@ class Attention(nn.Module):
 
     def forward(self, h):
         B, L, C = h.shape
-        q, k, v = self.qkv(h).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)     # (B, heads, L, -)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, C))
+        q, k, v = self.qkv(h).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v)                    # (B, heads, L, C / heads)
+        return self.proj(h.transpose(1, 2).reshape(B, L, C))
 
 
 class Mlp(nn.Module):
@@ -227,7 +229,7 @@ def modulate(h, shift, scale):
 
 
 class Block(nn.Module):
-    """Transformer block with adaLN-Zero: gates are 0 at initialisation, so the block is the identity."""
+    """Transformer block with adaLN-Zero: its gates are 0 at first, so that it is the identity."""
     def __init__(self, width, heads):
         super().__init__()
         self.attn = Attention(width, heads)
@@ -252,10 +254,11 @@ class FinalLayer(nn.Module):
 class ReDi(nn.Module):
     """net(x_t, z_t, t, y) -> (pred_x, pred_z), what they mean being up to `net.process`.
 
-    x_t (B, x_channels, x_size, x_size); z_t (B, r, x_size, x_size), None without fusion; t (B,); y (B,) in
-    0..n_classes, n_classes being the null class. pred_* has process.outputs times the channels.
+    x_t (B, x_channels, x_size, x_size); z_t (B, r, x_size, x_size), None without fusion; t (B,);
+    y (B,) in 0..n_classes, n_classes the null class. pred_* has process.outputs times the channels.
     """
-    def __init__(self, family, depth, width, heads, patch, fusion, r, n_classes, x_channels, x_size):
+    def __init__(self, family, depth, width, heads, patch, fusion, r, n_classes, x_channels,
+                 x_size):
         super().__init__()
         self.process = FAMILIES[family]()
         self.fusion, self.r, self.n_classes = fusion, r, n_classes
@@ -271,57 +274,57 @@ class ReDi(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """DiT's: Xavier everywhere, small embeddings, and zero where a zero makes the net start simple."""
+        """DiT's: Xavier, small embeddings, and zeros where they make the net start simple."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight,
-                       self.t_embedder.mlp[2].weight):
-            nn.init.normal_(weight, std=0.02)
+        for module in (self.y_embedder.embedding_table, *self.t_embedder.mlp[::2]):
+            nn.init.normal_(module.weight, std=0.02)
         zero = [block.adaLN_modulation[1] for block in self.blocks]
         zero += [m for m in self.final_layer.modules() if isinstance(m, nn.Linear)]
         for linear in zero:
             nn.init.zeros_(linear.weight)
 
     def forward(self, x_t, z_t, t, y):
-        c = self.t_embedder(t) + self.y_embedder(y)                                    # (B, C)
-        h = self.x_embedder(x_t) + self.pos_embed                                      # (B, L, C)
+        c = self.t_embedder(t) + self.y_embedder(y)                               # (B, C)
+        h = self.x_embedder(x_t) + self.pos_embed                                 # (B, L, C)
         if self.fusion == "merged":
-            h = h + self.z_embedder(z_t)                                               # (B, L, C)
+            h = h + self.z_embedder(z_t)                                          # (B, L, C)
         elif self.fusion == "separate":
-            h = torch.cat([h, self.z_embedder(z_t) + self.pos_embed], 1)               # (B, 2L, C)
+            h = torch.cat([h, self.z_embedder(z_t) + self.pos_embed], 1)          # (B, 2L, C)
         for block in self.blocks:
             h = block(h, c)
         shift, scale = self.final_layer.adaLN_modulation(c).chunk(2, 1)
         h = modulate(h, shift, scale)
-        h_x, h_z = h.chunk(2, 1) if self.fusion == "separate" else (h, h)              # (B, L, C) each
-        pred_x = self.unpatchify(self.final_layer.linear(h_x))                         # (B, -, H, W)
+        h_x, h_z = h.chunk(2, 1) if self.fusion == "separate" else (h, h)         # (B, L, C) each
+        pred_x = self.unpatchify(self.final_layer.linear(h_x))                    # (B, -, H, W)
         return pred_x, self.unpatchify(self.final_layer.linear_z(h_z)) if self.r else None
 
     def unpatchify(self, h):
-        """(B, L, p * p * channels) -> (B, channels, H, W); a token's values are ordered (p, p, channel)."""
+        """(B, L, p * p * channels) -> (B, channels, H, W); a token is ordered (p, p, channel)."""
         g, p = self.x_size // self.patch, self.patch
-        return h.view(len(h), g, g, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(len(h), -1, g * p, g * p)
+        h = h.view(len(h), g, g, p, p, -1).permute(0, 5, 1, 3, 2, 4)     # (B, -, g, p, g, p)
+        return h.reshape(len(h), -1, self.x_size, self.x_size)
 
 
 def sincos_2d(width, grid):
-    """(grid * grid, width) fixed positions: sin and cos of the column, then of the row (MAE's order)."""
+    """(grid * grid, width) fixed positions: sin and cos of the column, then of the row, as MAE."""
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega                  # (grid, width / 4)
-    one_axis = torch.cat([angles.sin(), angles.cos()], 1)                              # (grid, width / 2)
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega         # (grid, width / 4)
+    one_axis = torch.cat([angles.sin(), angles.cos()], 1)                     # (grid, width / 2)
     columns, rows = one_axis.repeat(grid, 1), one_axis.repeat_interleave(grid, 0)
     return torch.cat([columns, rows], 1).float()
 
 
 def drop_z(z_t, dropped):
     """The z-null: z_t = 0 where `dropped` (B,) is true. Training's z-dropout and representation
-    guidance both go through here, so that the net is asked what it was taught: e(x_t) = e(x_t, 0, t)."""
+    guidance both go through here: the net is asked what it was taught, e(x_t) = e(x_t, 0, t)."""
     return z_t.masked_fill(column(dropped), 0)
 
 
 def parse_name(name):
-    """"SiT-XL/2" -> ("SiT", "XL", 2). ValueError, with the list of names, for any other spelling."""
+    """"SiT-XL/2" -> ("SiT", "XL", 2). ValueError, with the list of names, for any other."""
     if name not in NAMES:
         raise ValueError(f"unknown model {name!r}; choose from: {', '.join(NAMES)}")
     family, rest = name.split("-")
@@ -332,14 +335,14 @@ def parse_name(name):
 def build(name, fusion="merged", r=8, n_classes=1000, x_channels=4, x_size=32):
     """The network of that name, initialised from torch's global generator.
 
-    fusion: none (a plain DiT/SiT; r counts as 0), merged (one token carries x and z) or separate (twice
-    the tokens). n_classes=0: unconditional. ValueError for names, fusions and sizes that do not exist.
+    fusion: none (a plain DiT/SiT; r counts as 0), merged (a token carries x and z) or separate
+    (twice the tokens). n_classes=0: unconditional. ValueError for what does not exist.
     """
     family, size, patch = parse_name(name)
     if fusion not in FUSIONS:
         raise ValueError(f"unknown fusion {fusion!r}; choose from: {', '.join(FUSIONS)}")
     if fusion != "none" and r < 1:
-        raise ValueError(f"fusion {fusion!r} needs r >= 1 channels of z, got r={r}; or choose fusion 'none'")
+        raise ValueError(f"fusion {fusion!r} needs r >= 1 channels of z, got {r}; or take 'none'")
     if x_size % patch:
         raise ValueError(f"{name} cuts patches of {patch}, which do not fill x_size={x_size}")
     depth, width, heads = SIZES[size]

@@ -2,8 +2,8 @@
 
     python pca.py prepared/digits/pca.npz        # what a fitted file keeps, component by component
 
-Features are standardised per channel, then rotated; there is no rescaling of components beyond the one
-recorded number `scale` (ReDi, arXiv 2504.16064, section 3.2). fid.py uses the same moments.
+Features are standardised per channel, then rotated; components are not rescaled but by the one
+recorded number `scale` (as in ReDi, arXiv 2504.16064). fid.py uses the same moments.
 """
 import argparse
 import dataclasses
@@ -63,7 +63,7 @@ class PCA:
         return ((features - self.mean) / self.std) @ self.components[:r].T * self.scale
 
     def back_project(self, z):
-        """z (..., r) -> (..., d): the features that z stands for, the dropped components at their mean."""
+        """z (..., r) -> features (..., d) that it stands for, dropped components at their mean."""
         return z / self.scale @ self.components[:z.shape[-1]] * self.std + self.mean
 
     def save(self, path):
@@ -71,14 +71,16 @@ class PCA:
 
 
 def fit(moments, k, scale=1.0, encoder=""):
-    """The first k components. One pass is enough: the covariance of standardised features is the raw one
-    divided by std std^T. A component's largest loading is positive, as in scikit-learn."""
+    """The first k components. One pass is enough: the covariance of standardised features is the
+    raw one divided by std std^T. A component's largest loading is positive, as in scikit-learn.
+    ValueError if there are fewer than k channels or two rows."""
     d = len(moments.sum)
     if not 1 <= k <= d:
         raise ValueError(f"cannot keep {k} components of {d} channels")
     cov = moments.cov
     std = np.sqrt(np.diag(cov).clip(min=0) * (moments.n - 1) / moments.n)
-    std = np.where(std > 1e-6 * np.abs(moments.mean), std, 1.0)       # cancellation leaves dust on a constant
+    # cancellation leaves dust where a channel is constant; such a channel's z is 0
+    std = np.where(std > 1e-6 * np.abs(moments.mean), std, 1.0)
     variance, vectors = np.linalg.eigh(cov / np.outer(std, std))      # ascending
     variance, components = variance[::-1].clip(min=0), vectors[:, ::-1].T
     largest = np.abs(components).argmax(1)
@@ -104,8 +106,8 @@ def main(args):
         pca = load(args.file)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"error: {error}")
-    print(f"{args.file}: {len(pca.variance)} of {len(pca.mean)} components, fitted on {pca.n:,} feature "
-          f"vectors of {pca.encoder}, scale {pca.scale:g}")
+    print(f"{args.file}: {len(pca.variance)} of {len(pca.mean)} components, fitted on {pca.n:,} "
+          f"feature vectors of {pca.encoder}, scale {pca.scale:g}")
     print("component  std of z  variance %  sum %")
     share = 100 * pca.variance / pca.total_variance
     for i, (std, part, so_far) in enumerate(zip(pca.z_std, share, share.cumsum()), 1):

@@ -1,10 +1,10 @@
 """Trains DiT or SiT with ReDi: the joint loss over image latents x and features z, with z-dropout.
 
-    python train.py                                                 # SiT-T/2 on digits: minutes on a laptop
-    torchrun --nproc_per_node=8 train.py --model SiT-XL/2           # the paper's run, on prepared/imagenet256
+    python train.py                                         # SiT-T/2 on digits, in minutes
+    torchrun --nproc_per_node=8 train.py --model SiT-XL/2   # the paper's, on prepared/imagenet256
 
-Writes DIR/ckpt.pt (and ckpt_prev.pt), log.jsonl, preview sheets, at the end sheet.png and, for digits,
-results.json. Started again with the same --out it goes on where the checkpoint stands.
+Writes DIR/ckpt.pt (the one before it is ckpt_prev.pt), log.jsonl, preview sheets and, at the end,
+sheet.png and for digits results.json. Started again with the same --out it goes on from ckpt.pt.
 """
 import argparse
 import contextlib
@@ -23,31 +23,30 @@ import data
 import model
 import sample
 
-# What a run uses unless a flag says otherwise. The paper's values (section 4.1 and SiT's), and those for
-# size T on digits; sample_steps: network calls per image.
-DEFAULTS = {"model": "SiT-T/2", "fusion": "merged", "unconditional": False, "lam_z": 1.0, "p_drop_z": 0.2,
-            "p_drop_y": 0.1, "seed": 0}
-PAPER = {"lr": 1e-4, "batch_size": 256, "steps": 400_000, "r": 8, "ema": 0.9999, "sample_steps": 250,
-         "log_every": 100, "ckpt_every": 5_000, "preview_every": 25_000}
-DIGITS = {"lr": 1e-3, "batch_size": 128, "steps": 1_500, "r": 4, "ema": 0.995, "sample_steps": 40,
-          "log_every": 25, "ckpt_every": 250, "preview_every": 500}
+# What a run uses unless a flag says otherwise. PAPER: ReDi's and SiT's values; DIGITS: size T on
+# digits. ema: decay per step; sample_steps: network calls per image; *_every: steps.
+DEFAULTS = {"model": "SiT-T/2", "fusion": "merged", "unconditional": False, "lam_z": 1.0,
+            "p_drop_z": 0.2, "p_drop_y": 0.1, "seed": 0}
+PAPER = {"lr": 1e-4, "batch_size": 256, "steps": 400_000, "r": 8, "ema": 0.9999,
+         "sample_steps": 250, "log_every": 100, "ckpt_every": 5_000, "preview_every": 25_000}
+DIGITS = {"lr": 3e-3, "batch_size": 128, "steps": 1_500, "r": 4, "ema": 0.995,
+          "sample_steps": 40, "log_every": 25, "ckpt_every": 250, "preview_every": 500}
 # a checkpoint decides these for good; a flag that says otherwise is an error
-FIXED = ("model", "fusion", "unconditional", "data", "r", "lam_z", "p_drop_z", "p_drop_y", "lr", "batch_size",
-         "ema", "seed")
-N_JUDGED = 1_000                        # generated digits that the closing numbers are computed on
+FIXED = ("model", "fusion", "unconditional", "data", "r", "lam_z", "p_drop_z", "p_drop_y", "lr",
+         "batch_size", "ema", "seed")
+N_JUDGED = 1_000                        # generated digits behind the closing numbers
 
-
-# ------------------------------------------------------------------ settings
 
 def resolve(given, checkpoint):
-    """All settings of a run: flags `given`, then the checkpoint's (or None), then the defaults.
+    """All settings of a run: the flags `given`, then the checkpoint's (or None), then the defaults.
     UserError for flags that contradict each other or the checkpoint."""
     if checkpoint:
         stored = checkpoint["settings"]
         for name in FIXED:
-            if name in given and given[name] != stored[name]:
-                raise data.UserError(f"--{name} {given[name]} contradicts the checkpoint, which has {stored[name]}; "
-                                     "drop the flag, or choose another --out, or --restart")
+            if given.get(name, stored[name]) != stored[name]:
+                raise data.UserError(f"--{name} {given[name]} contradicts the checkpoint's "
+                                     f"{stored[name]}; drop the flag, choose another --out, or "
+                                     "--restart")
         return stored | given
     settings = DEFAULTS | given
     try:
@@ -55,52 +54,55 @@ def resolve(given, checkpoint):
     except ValueError as error:
         raise data.UserError(f"--model: {error}") from None
     settings = {"data": "digits" if size == "T" else data.IMAGENET} | settings
-    settings = (DIGITS if size == "T" and settings["data"] == "digits" else PAPER) | settings
+    small = size == "T" and settings["data"] == "digits"
+    settings = (DIGITS if small else PAPER) | settings
     if settings["fusion"] == "none":
-        for name in {"r", "lam_z", "p_drop_z"} & set(given):
-            raise data.UserError(f"--{name} needs features z; --fusion none has none. Drop one of the two")
+        for name in ("r", "lam_z", "p_drop_z"):
+            if name in given:
+                raise data.UserError(f"--{name} is about features z, and --fusion none has none; "
+                                     "drop one of the two")
         settings |= {"r": 0, "lam_z": 0.0, "p_drop_z": 0.0}
     return settings
 
 
 def check(settings, n_processes):
     """UserError for a value that no run can have."""
-    for name in ("steps", "batch_size", "sample_steps", "log_every", "ckpt_every", "preview_every"):
-        if settings[name] < 1:
-            raise data.UserError(f"--{name} {settings[name]} must be at least 1")
+    def need(name, good, what):
+        if not good(settings[name]):
+            raise data.UserError(f"--{name} {settings[name]} must be {what}")
+
+    for name in ("steps", "batch_size", "log_every", "ckpt_every", "preview_every"):
+        need(name, lambda value: value >= 1, "at least 1")
     for name in ("p_drop_z", "p_drop_y", "ema"):
-        if not 0 <= settings[name] <= 1:
-            raise data.UserError(f"--{name} {settings[name]} must be between 0 and 1")
-    if settings["fusion"] != "none" and settings["r"] < 1:
-        raise data.UserError(f"--r {settings['r']} must be at least 1; for no features, --fusion none")
-    if not settings["lr"] > 0 or settings["lam_z"] < 0 or settings["seed"] < 0:
-        raise data.UserError("--lr must be above 0, --lam_z and --seed not below 0")
-    if settings["batch_size"] % n_processes:
-        raise data.UserError(f"--batch_size {settings['batch_size']} is for all processes together and must be a "
-                             f"multiple of their number, {n_processes}")
-    sample.check_solver(settings["model"], None, settings["sample_steps"])
+        need(name, lambda value: 0 <= value <= 1, "between 0 and 1")
+    for name in ("lam_z", "seed"):
+        need(name, lambda value: value >= 0, "0 or more")
+    need("lr", lambda lr: lr > 0, "above 0")
+    if settings["fusion"] != "none":
+        need("r", lambda r: r >= 1, "at least 1; for no features, use --fusion none")
+    need("batch_size", lambda n: n % n_processes == 0,
+         f"a multiple of the number of processes, {n_processes}: it is for all of them together")
+    sample.check_solver(settings["model"], None, settings["sample_steps"], "--sample_steps")
 
-
-# ------------------------------------------------------------------ one step
 
 def draw(seed, step, batch_size, net):
-    """Everything random about a training step, for its whole global batch, as functions of (seed, step):
-    u (B,) uniform for the times, eps_x and eps_z of x_t's and z_t's shape (None without features), and u_y
-    and u_z (B,), uniform, for what is dropped."""
+    """Everything random about a step, for its whole global batch, as functions of (seed, step):
+    u (B,) uniform, for the times; eps_x, eps_z of x_t's and z_t's shape (None without features);
+    u_y, u_z (B,) uniform, for what is dropped."""
     def stream(purpose):
         return data.generator(seed, purpose, step)
 
     size = (net.x_size, net.x_size)
-    return (torch.rand(batch_size, generator=stream("t")),
-            torch.randn(batch_size, net.x_channels, *size, generator=stream("eps of x")),
-            torch.randn(batch_size, net.r, *size, generator=stream("eps of z")) if net.r else None,
-            torch.rand(batch_size, generator=stream("drop of y")),
-            torch.rand(batch_size, generator=stream("drop of z")))
+    eps_x = torch.randn(batch_size, net.x_channels, *size, generator=stream("eps of x"))
+    eps_z = torch.randn(batch_size, net.r, *size, generator=stream("eps of z")) if net.r else None
+    u, u_y, u_z = (torch.rand(batch_size, generator=stream(purpose))
+                   for purpose in ("t", "drop of y", "drop of z"))
+    return u, eps_x, eps_z, u_y, u_z
 
 
 def joint_loss(net, process, x, z, y, t, eps_x, eps_z, dropped):
-    """Per-sample losses (B,) of x and of z: ReDi's equation 6. Where `dropped` (B,) is true z_t = 0 is fed
-    and z costs nothing. z is None without features, its loss then 0."""
+    """ReDi's joint loss, per sample: (B,) for x and (B,) for z. Where `dropped` (B,) is true,
+    z_t = 0 is fed and z costs nothing. z None: no features, and 0 for them."""
     x_t = process.add_noise(x, eps_x, t)
     z_t = None if z is None else model.drop_z(process.add_noise(z, eps_z, t), dropped)
     pred_x, pred_z = net(x_t, z_t, t, y)
@@ -112,37 +114,36 @@ def joint_loss(net, process, x, z, y, t, eps_x, eps_z, dropped):
 
 @torch.no_grad()
 def update_ema(ema, net, decay, step):
-    """ema <- d ema + (1 - d) net with d = min(decay, (1 + step) / (10 + step)), so that short runs forget
-    their start. step: 0 for the first."""
+    """ema <- d ema + (1 - d) net with d = min(decay, (1 + step) / (10 + step)), step 0 the first: a
+    short run must forget its start."""
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - d)
 
 
-# ------------------------------------------------------------------ the log
-
 @torch.no_grad()
-def tally(loss_x, loss_z, dropped, quarter, lam_z):
-    """What a batch adds to the log's running sums: one float64 vector (13,), reduced and read as one."""
-    loss, in_quarter = (loss_x + lam_z * loss_z).double(), F.one_hot(quarter, 4).double()
-    counts = torch.stack([torch.tensor(len(loss), device=loss.device), (~dropped).sum()]).double()
-    sums = torch.stack([loss.sum(), loss_x.double().sum(), loss_z.double().sum()])
-    return torch.cat([counts, sums, in_quarter.T @ loss, in_quarter.sum(0)])
+def tally(loss_x, loss_z, dropped, data_time, lam_z):
+    """What a batch adds to the log's running sums: one float64 vector (13,), read as a whole.
+    data_time (B,): 0 for noise, 1 for data; its quarter 0 is the noisiest."""
+    loss = (loss_x + lam_z * loss_z).double()
+    in_quarter = F.one_hot((4 * data_time).long().clamp(max=3), 4).double()         # (B, 4)
+    totals = torch.stack([torch.ones_like(loss), (~dropped).double(), loss, loss_x, loss_z]).sum(1)
+    return torch.cat([totals, in_quarter.T @ loss, in_quarter.sum(0)])
 
 
 def log_entry(step, sums, images_per_s, fusion):
-    """One line of log.jsonl. Losses are means since the last line; loss_z over the samples that kept z;
-    loss_q1..q4 the joint loss in the quarters of t, q1 the noisiest (null if no sample fell there)."""
+    """A line of log.jsonl. Losses are means since the last line; loss_z over the samples that kept
+    z; loss_q0..q3 the joint loss by quarter of t (null where no sample fell)."""
     n, kept, loss, loss_x, loss_z, *quarters = sums.tolist()
     entry = {"step": step, "loss": loss / n, "loss_x": loss_x / n}
     if fusion != "none":
         entry["loss_z"] = loss_z / kept if kept else None
-    for q in range(4):
-        entry[f"loss_q{q + 1}"] = quarters[q] / quarters[4 + q] if quarters[4 + q] else None
+    for q, (total, count) in enumerate(zip(quarters[:4], quarters[4:])):
+        entry[f"loss_q{q}"] = total / count if count else None
     return entry | {"images_per_s": round(images_per_s, 1)}
 
 
 def truncate_log(path, step):
-    """Drop what a killed run logged after its checkpoint of that step, a torn last line included."""
+    """Drop what a killed run logged after its checkpoint of that step, and a torn last line."""
     if not os.path.exists(path):
         return
     kept = []
@@ -151,133 +152,145 @@ def truncate_log(path, step):
             with contextlib.suppress(json.JSONDecodeError):
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-    write_whole(path, "".join(kept).encode())
+    write_whole(path, lambda file: file.write("".join(kept).encode()))
 
 
-# ------------------------------------------------------------------ files
-
-def write_whole(path, content):
-    """Write bytes so that path holds the old content or the new, never a part."""
+def write_whole(path, write):
+    """write(file), in such a way that path holds the old content or the new, never a part."""
     with open(path + ".part", "wb") as file:
-        file.write(content)
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(path + ".part", path)
 
 
 def save_checkpoint(out, checkpoint):
-    """out/ckpt.pt, the one before it kept as ckpt_prev.pt; plain tensors and dicts only."""
-    path = f"{out}/ckpt.pt"
-    with open(path + ".part", "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
+    """out/ckpt.pt, as sample.load_checkpoint describes it; what was there becomes ckpt_prev.pt."""
+    path, new = f"{out}/ckpt.pt", f"{out}/ckpt_new.pt"
+    write_whole(new, lambda file: torch.save(checkpoint, file))
     if os.path.exists(path):
         os.replace(path, f"{out}/ckpt_prev.pt")
-    os.replace(path + ".part", path)
+    os.replace(new, path)
 
 
-# ------------------------------------------------------------------ previews and closing numbers
+def generate(ema, n, settings, meta, batch_size, device, progress=False):
+    """n samples from the EMA, its classes in turn, from the same noise at every call: x, z, y."""
+    y = sample.choose_labels("balanced" if ema.n_classes else "random", n, ema.n_classes, 0)
+    x, z = sample.generate(ema, y, settings["sample_steps"], batch_size=batch_size, device=device,
+                           progress=progress)
+    return x, z, y
+
 
 def preview(ema, settings, meta, device, path, rows=4):
-    """A sheet of samples from the EMA at path: one column a class for up to ten classes, fixed noise."""
+    """Save a sheet of samples from the EMA; up to ten classes, one a column."""
     columns = min(ema.n_classes, 10) or 10
-    y = sample.choose_labels("balanced" if ema.n_classes else "random", columns * rows, ema.n_classes, 0)
-    x, z = sample.generate(ema, y, settings["sample_steps"], batch_size=min(len(y), 32), device=device)
-    sample.sheet_of(x, z, meta, columns=columns).save(path)
+    x, z, _ = generate(ema, columns * rows, settings, meta, columns * rows // 2, device)
+    sample.sheet(x, z, meta, columns=columns).save(path)
 
 
-def judge(ema, settings, meta, device):
-    """Metrics, by name, of N_JUDGED digits from the EMA."""
-    import fid                           # scikit-learn and SciPy: only where they are used
-    y = sample.choose_labels("balanced" if ema.n_classes else "random", N_JUDGED, ema.n_classes, 0)
-    x, _ = sample.generate(ema, y, settings["sample_steps"], batch_size=125, device=device, progress=True)
-    return fid.judge_digits(data.decode(x, meta["codec"]), y.numpy() if ema.n_classes else None)
+def finish(ema, settings, meta, out, device):
+    """The closing sheet and, for digits, the numbers of results.json."""
+    if settings["data"] == "digits":
+        import fid                       # brings scikit-learn and SciPy: not before they are used
+        x, _, y = generate(ema, N_JUDGED, settings, meta, 125, device, progress=True)
+        images = data.decode(x, meta["codec"])
+        metrics = fid.judge_digits(images, y.numpy() if ema.n_classes else None)
+        results = {"step": settings["steps"], "n_images": N_JUDGED} | metrics
+        text = json.dumps(results, indent=1).encode()
+        write_whole(f"{out}/results.json", lambda file: file.write(text))
+        print("\n".join(f"{name:32s} {value:.2f}" for name, value in metrics.items()))
+    preview(ema, settings, meta, device, f"{out}/sheet.png")
+    print(f"{out}/sheet.png: generated images above their feature maps")
 
 
-# ------------------------------------------------------------------ the run
+def stop_if_not_finite(watched):
+    """UserError if the loss in (step, loss, t, rows) is NaN or infinite."""
+    if watched is None:
+        return
+    step, loss, t, rows = watched
+    if not torch.isfinite(loss):
+        raise data.UserError(
+            f"the loss is {loss.item()} at step {step} (t from {t.min().item():.4g} to "
+            f"{t.max().item():.4g}, rows {rows[:4].tolist()} and on); the last checkpoint is from "
+            "before it. Lower --lr, or look at those images")
+
 
 def train(settings, checkpoint, out, device, bf16, rank, n_processes):
-    """From the checkpoint (or None) to settings["steps"]; returns the EMA network and the data's meta."""
-    torch.manual_seed(settings["seed"])                                     # the initial weights, nothing else
-    source = data.Prepared(data.PREPARED.get(settings["data"], settings["data"]), settings["r"])
-    meta = source.meta
+    """From the checkpoint (or None) to settings["steps"]; returns the EMA and the data's meta."""
+    source = data.open_data(settings["data"], settings["r"])
+    meta, batch_size, lam_z = source.meta, settings["batch_size"], settings["lam_z"]
     arch = {"name": settings["model"], "fusion": settings["fusion"], "r": settings["r"],
             "n_classes": 0 if settings["unconditional"] else len(meta["classes"]),
             "x_channels": meta["x_channels"], "x_size": meta["x_size"]}
     if checkpoint and checkpoint["arch"] != arch:
-        raise data.UserError(f"{settings['data']} does not fit {out}/ckpt.pt: {arch} against {checkpoint['arch']}; "
-                             "choose another --out, or --restart")
+        raise data.UserError(f"{settings['data']} needs {arch}, but {out}/ckpt.pt is "
+                             f"{checkpoint['arch']}; choose another --out, or --restart")
+    torch.manual_seed(settings["seed"])                              # for the initial weights alone
     try:
         net = model.build(**arch).to(device)
     except ValueError as error:
         raise data.UserError(str(error)) from None
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=settings["lr"], betas=(0.9, 0.999), weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=settings["lr"], betas=(0.9, 0.999),
+                                  weight_decay=0, fused=True)
     step, sums = 0, torch.zeros(13, dtype=torch.float64, device=device)
     if checkpoint:
         net.load_state_dict(checkpoint["net"])
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        step, sums = checkpoint["step"], checkpoint["sums"].to(device)
-    process, lam_z, batch_size = net.process, settings["lam_z"], settings["batch_size"]
+        step = checkpoint["step"]
+        if rank == 0:
+            sums += checkpoint["sums"].to(device)
+    process = net.process
     parallel = DistributedDataParallel(net) if n_processes > 1 else net
     mine = slice(rank * batch_size // n_processes, (rank + 1) * batch_size // n_processes)
     if rank == 0:
         n_params = sum(p.numel() for p in net.parameters())
-        print(f"{settings['model']} {settings['fusion']}, {n_params:,} parameters, on {source.n:,} images of "
-              f"{settings['data']}: step {step} to {settings['steps']}, {n_processes} process(es), {device}, writing {out}")
-        print("settings: " + json.dumps(settings), flush=True)
+        print(f"{settings['model']} {settings['fusion']}, {n_params:,} parameters, on {source.n:,} "
+              f"images: steps {step} to {settings['steps']}, {n_processes} process(es) on "
+              f"{device.type}, writing {out}\nsettings: {json.dumps(settings)}", flush=True)
         truncate_log(f"{out}/log.jsonl", step)
 
-    def save():
-        total = sums.clone()
-        if n_processes > 1:
-            dist.reduce(total, 0)
-        if rank == 0:
-            save_checkpoint(out, {"arch": arch, "settings": settings, "meta": meta, "step": step, "net": net.state_dict(),
-                                  "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "sums": total})
-        if rank > 0:
-            sums.zero_()                                                    # rank 0 carries them from here on
-        else:
-            sums.copy_(total)
-
-    bar = tqdm(total=settings["steps"], initial=step, unit="step", disable=rank > 0, mininterval=0.5)
-    first, started, loss_check = step, time.perf_counter(), None
-    since_log, paused = step, 0.0
+    first, watched = step, None
+    clock, logged = time.perf_counter(), step                        # when and where the log stands
+    bar = tqdm(total=settings["steps"], initial=step, unit="step", disable=rank > 0,
+               mininterval=1)
     while True:
-        at_end = step == settings["steps"]
-        if step > first and (at_end or step % settings["ckpt_every"] == 0):
-            stop_if_not_finite(loss_check)
-            pause = time.perf_counter()
-            save()
-            paused += time.perf_counter() - pause
-        if rank == 0 and step > first and not at_end and step % settings["preview_every"] == 0:
-            pause = time.perf_counter()
-            preview(ema, settings, meta, device, f"{out}/sheet_{step:07d}.png")
-            paused += time.perf_counter() - pause
-        if at_end:
+        done, paused = step >= settings["steps"], time.perf_counter()
+        if step > first and (done or step % settings["ckpt_every"] == 0):
+            stop_if_not_finite(watched)
+            if n_processes > 1:
+                dist.reduce(sums, 0)                                 # rank 0 has them from here on
+            if rank == 0:
+                save_checkpoint(out, {"arch": arch, "settings": settings, "meta": meta,
+                                      "step": step, "sums": sums.cpu(),
+                                      "net": net.state_dict(), "ema": ema.state_dict(),
+                                      "optimizer": optimizer.state_dict()})
+            else:
+                sums.zero_()
+        if done:
             break
+        if rank == 0 and step > first and step % settings["preview_every"] == 0:
+            preview(ema, settings, meta, device, f"{out}/sheet_{step:07d}.png")
+        clock += time.perf_counter() - paused
 
         rows = data.rows_of_step(settings["seed"], step, batch_size, source.n)[mine]
         x, z, y = source.batch(rows, device)
-        u, eps_x, eps_z, u_y, u_z = (None if d is None else d[mine].to(device)
-                                     for d in draw(settings["seed"], step, batch_size, net))
+        u, eps_x, eps_z, u_y, u_z = (None if part is None else part[mine].to(device)
+                                     for part in draw(settings["seed"], step, batch_size, net))
         t = process.draw_t(u)
         dropped = u_z < settings["p_drop_z"]
-        if settings["unconditional"]:
-            y = torch.zeros_like(y)                                         # the one row of the label table
-        y = y.masked_fill(u_y < settings["p_drop_y"], net.n_classes)
+        y = torch.where((u_y < settings["p_drop_y"]) | (net.n_classes == 0), net.n_classes, y)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss_x, loss_z = joint_loss(parallel, process, x, z, y, t, eps_x, eps_z, dropped)
-        loss = (loss_x + lam_z * loss_z).mean()                             # loss_z: summed over kept, divided by all
+        loss = (loss_x + lam_z * loss_z).mean()                      # z: sum over kept / all of B
         optimizer.zero_grad()
         loss.backward()
-        stop_if_not_finite(loss_check)                                      # the step before's: no wait for this one
-        loss_check = (step, loss.detach(), t, rows)
+        stop_if_not_finite(watched)                                  # the last one: no wait
+        watched = (step, loss.detach(), t, rows)
         optimizer.step()
         update_ema(ema, net, settings["ema"], step)
-        sums += tally(loss_x, loss_z, dropped, (4 * process.data_time(t)).long().clamp(max=3), lam_z)
+        sums += tally(loss_x, loss_z, dropped, process.data_time(t), lam_z)
         step += 1
         bar.update()
 
@@ -285,61 +298,43 @@ def train(settings, checkpoint, out, device, bf16, rank, n_processes):
             if n_processes > 1:
                 dist.reduce(sums, 0)
             if rank == 0:
-                seconds = time.perf_counter() - started - paused
-                entry = log_entry(step, sums, (step - since_log) * batch_size / seconds, settings["fusion"])
+                rate = (step - logged) * batch_size / (time.perf_counter() - clock)
+                entry = log_entry(step, sums, rate, settings["fusion"])
                 with open(f"{out}/log.jsonl", "a") as file:
                     file.write(json.dumps(entry) + "\n")
                 bar.set_postfix_str(f"loss {entry['loss']:.4f}")
             sums.zero_()
-            started, since_log, paused = time.perf_counter(), step, 0.0
+            clock, logged = time.perf_counter(), step
     bar.close()
     return ema, meta
 
 
-def stop_if_not_finite(loss_check):
-    """UserError if the loss of (step, loss, t, rows) is NaN or infinite."""
-    if loss_check is None:
-        return
-    step, loss, t, rows = loss_check
-    if not torch.isfinite(loss):
-        raise data.UserError(f"the loss is {loss.item()} at step {step} (t {t.min().item():.4g} to {t.max().item():.4g}, "
-                             f"rows {rows[:4].tolist()}...); checkpoints before it are whole. Lower --lr, or check the data")
-
-
-def finish(ema, settings, meta, out, device):
-    """The closing sheet and, for digits, results.json."""
-    if settings["data"] == "digits":
-        metrics = {"step": settings["steps"], "n_images": N_JUDGED} | judge(ema, settings, meta, device)
-        write_whole(f"{out}/results.json", (json.dumps(metrics, indent=1) + "\n").encode())
-        print("\n".join(f"{name:34s} {value:.2f}" for name, value in metrics.items() if isinstance(value, float)))
-    preview(ema, settings, meta, device, f"{out}/sheet.png")
-    print(f"{out}/sheet.png: images above their feature maps. More: python sample.py --ckpt {out}/ckpt.pt --w_r 1.5")
-
-
 def main(args):
+    ours = ("out", "restart", "device", "bf16")
     given = {name: value for name, value in vars(args).items()
-             if value is not None and name not in ("out", "restart", "device", "bf16")}
+             if value is not None and name not in ours}
     rank, n_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    path, sheet = f"{args.out}/ckpt.pt", f"{args.out}/sheet.png"
+    resumed = not args.restart and os.path.exists(path)
+    checkpoint = sample.load_checkpoint(path) if resumed else None
+    settings = resolve(given, checkpoint)
+    check(settings, n_processes)
+    if resumed and checkpoint["step"] >= settings["steps"] and os.path.exists(sheet) \
+            and os.path.getmtime(sheet) > os.path.getmtime(path):
+        raise data.UserError(f"{args.out} is done, with {checkpoint['step']} steps: raise --steps, "
+                             "or --restart")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    checkpoint = None
-    if not args.restart and os.path.exists(f"{args.out}/ckpt.pt"):
-        checkpoint = sample.load_checkpoint(f"{args.out}/ckpt.pt")
-    settings = resolve(given, checkpoint)
-    check(settings, n_processes)
+    bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
     if n_processes > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank == 0:
-        data.open_data(settings["data"], settings["r"])                     # made, if need be, by one process
+        data.open_data(settings["data"], settings["r"])              # made by one, if need be
         os.makedirs(args.out, exist_ok=True)
     if n_processes > 1:
         dist.barrier()
-    done = checkpoint and checkpoint["step"] >= settings["steps"]
-    if done and os.path.exists(f"{args.out}/sheet.png"):
-        raise data.UserError(f"{args.out} is done: it has {checkpoint['step']} steps. Raise --steps, or --restart")
-    bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
     ema, meta = train(settings, checkpoint, args.out, device, bf16, rank, n_processes)
     if n_processes > 1:
         dist.destroy_process_group()
@@ -351,33 +346,38 @@ def parser():
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def flag(name, kind, text):
-        """A setting; its default is the checkpoint's value, or else the one in the tables above."""
-        defaults = [table[name] for table in (DEFAULTS, PAPER) if name in table]
-        shown = f"{defaults[0]}" + (f"; digits: {DIGITS[name]}" if name in DIGITS else "") if defaults else text
-        p.add_argument(f"--{name}", type=kind, help=f"{text} (default: {shown})" if defaults else text)
+    def setting(name, meaning, kind=None, **options):
+        """A flag whose default is the checkpoint's value, or else the tables' above."""
+        default = options.pop("default", None) or (DEFAULTS | PAPER)[name]
+        digits = f"; {DIGITS[name]} for size T on digits" if name in DIGITS else ""
+        p.add_argument(f"--{name}", type=kind, help=f"{meaning} (default: {default}{digits})",
+                       **options)
 
-    flag("model", str, "DiT- or SiT-, size T, S, B, L or XL, /patch")
-    p.add_argument("--fusion", choices=model.FUSIONS,
-                   help="how z joins x: none (a plain DiT/SiT), merged or separate tokens (default: merged)")
-    p.add_argument("--unconditional", action=argparse.BooleanOptionalAction, help="ignore the classes (default: off)")
-    flag("data", str, "digits, or a prepared folder (default: digits for size T, else " + data.IMAGENET + ")")
-    flag("r", int, "channels of z: PCA components of the features that are used")
-    flag("lam_z", float, "weight of z's loss, 0 switches it off")
-    flag("p_drop_z", float, "probability that a sample's z_t is 0 and costs nothing; 0 is off, and rules out --w_r")
-    flag("p_drop_y", float, "probability that a sample's class is the null class; 0 is off, and rules out --w_cfg")
-    flag("steps", int, "optimizer steps in all")
-    flag("batch_size", int, "images a step, all processes together")
-    flag("lr", float, "AdamW's learning rate, constant")
-    flag("ema", float, "decay of the averaged weights per step, ramped up from 0.1; 0 is off")
-    flag("seed", int, "of the initial weights, the data order and every draw")
-    flag("sample_steps", int, "network calls per image of sheets and closing numbers")
-    flag("log_every", int, "steps between lines of log.jsonl")
-    flag("ckpt_every", int, "steps between checkpoints")
-    flag("preview_every", int, "steps between preview sheets")
-    p.add_argument("--out", default="out", metavar="DIR", help="where everything is written (default: %(default)s)")
-    p.add_argument("--restart", action="store_true", help="start over, also if DIR holds a checkpoint")
-    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on GPUs only)")
+    setting("model", "DiT or SiT - size T, S, B, L or XL / patch 2, 4 or 8", str)
+    setting("fusion", "how z joins x: none (plain DiT/SiT), merged or separate tokens", str,
+            choices=model.FUSIONS)
+    p.add_argument("--unconditional", action=argparse.BooleanOptionalAction,
+                   help="ignore the classes (default: off)")
+    setting("data", "digits, or a prepared folder", str,
+            default=f"{data.IMAGENET}; digits for size T")
+    setting("r", "channels of z: PCA components of the features that are used", int)
+    setting("lam_z", "weight of z's loss; 0 is off", float)
+    setting("p_drop_z", "chance that a sample's z is dropped; 0 is off and rules out --w_r", float)
+    setting("p_drop_y", "chance that its class is dropped; 0 is off and rules out --w_cfg", float)
+    setting("steps", "optimizer steps in all", int)
+    setting("batch_size", "images a step, all processes together", int)
+    setting("lr", "AdamW's learning rate, constant", float)
+    setting("ema", "decay of the averaged weights per step, ramped up from 0.1; 0 is off", float)
+    setting("seed", "of the initial weights, the data order and every draw", int)
+    setting("sample_steps", "network calls per image, for sheets and closing numbers", int)
+    setting("log_every", "steps between lines of log.jsonl", int)
+    setting("ckpt_every", "steps between checkpoints", int)
+    setting("preview_every", "steps between preview sheets", int)
+    p.add_argument("--out", default="out", metavar="DIR", help="output folder (default: out)")
+    p.add_argument("--restart", action="store_true",
+                   help="start over, also where DIR holds a checkpoint")
+    p.add_argument("--bf16", action=argparse.BooleanOptionalAction,
+                   help="bfloat16 autocast, weights and losses in float32 (default: on GPUs)")
     p.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     return p
 

@@ -1,0 +1,934 @@
+"""The evidence, one section per file: model, data, pca, train, sample, fid, command lines.
+
+    pytest                                   # CPU, no network
+    python test_redi.py ReDi DiT             # records the peers' numbers anew, from their clones
+"""
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+import data
+import fid
+import model
+import pca
+import sample
+import train
+
+HERE = pathlib.Path(__file__).parent
+DOUBLE = torch.float64
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def tiny(name="SiT-T/2", fusion="merged", r=3, n_classes=10, x_channels=2, x_size=8, seed=0):
+    """A small network whose weights are all random, so that every part of it matters."""
+    net = model.build(name, fusion, r, n_classes, x_channels, x_size)
+    for i, p in enumerate(net.parameters()):
+        p.data = 0.1 * normal(*p.shape, seed=seed + i)
+    return net.eval().requires_grad_(False)
+
+
+def inputs(net, B=4, seed=0):
+    """x_t, z_t, t, y for net."""
+    size = (net.x_size, net.x_size)
+    t = net.process.draw_t(torch.linspace(0.1, 0.9, B))
+    z_t = normal(B, net.r, *size, seed=seed + 1) if net.r else None
+    y = torch.arange(B) % (net.n_classes or 1)
+    return normal(B, net.x_channels, *size, seed=seed), z_t, t, y
+
+
+# model.py
+
+def test_names_are_parsed_strictly():
+    assert model.parse_name("DiT-XL/8") == ("DiT", "XL", 8)
+    assert len(model.NAMES) == len(set(model.NAMES)) == 2 * 5 * 3
+    for wrong in ("SiT-XL2", "sit-XL/2", "SiT-XL/3", "SiT-H/2", "UNet", "SiT-XL/2 "):
+        with pytest.raises(ValueError, match="SiT-XL/2"):
+            model.build(wrong)
+
+
+@pytest.mark.parametrize("size, published", [("S", 32_883_504), ("B", 130_352_688),
+                                             ("L", 457_889_840), ("XL", 674_890_032)])
+def test_parameter_counts_are_the_published_ones_and_a_bias(size, published):
+    with torch.device("meta"):
+        net = model.build(f"SiT-{size}/2", fusion="merged", r=8)
+    width = model.SIZES[size][1]
+    assert sum(p.numel() for p in net.parameters()) == published + width
+
+
+@pytest.mark.parametrize("name", ["SiT-T/2", "DiT-T/2"])
+@pytest.mark.parametrize("fusion", model.FUSIONS)
+def test_every_block_is_the_identity_and_the_output_zero_at_initialisation(name, fusion):
+    net = model.build(name, fusion, 3, 10, 2, 8)
+    x_t, z_t, t, y = inputs(net)
+    c, h = net.t_embedder(t) + net.y_embedder(y), normal(4, 16, 128)
+    for block in net.blocks:
+        assert torch.equal(block(h, c), h)
+    for pred in net(x_t, z_t, t, y):
+        assert pred is None or (pred == 0).all()
+    assert net.x_embedder(x_t).std() > 0.1 and c.std() > 0.01            # not because all is zero
+
+
+@pytest.mark.parametrize("fusion, tokens", [("none", 16), ("merged", 16), ("separate", 32)])
+def test_merged_costs_no_extra_tokens_and_separate_twice(fusion, tokens):
+    net, seen = tiny(fusion=fusion), []
+    net.blocks[0].register_forward_hook(lambda block, args, h: seen.append(h.shape[1]))
+    net(*inputs(net))
+    assert seen == [tokens]
+
+
+@pytest.mark.parametrize("fusion", ["merged", "separate"])
+def test_each_modality_reaches_both_predictions(fusion):
+    net = tiny(fusion=fusion)
+    x_t, z_t, t, y = inputs(net)
+    plain = net(x_t, z_t, t, y)
+    for other in (net(x_t + 1, z_t, t, y), net(x_t, z_t + 1, t, y)):
+        assert all((a - b).abs().max() > 1e-3 for a, b in zip(plain, other))
+
+
+def test_a_token_is_a_patch_of_x_and_of_z_in_its_place():
+    """Without attention's mixing a change of one patch changes the prediction there only."""
+    net = tiny("SiT-T/4")
+    for block in net.blocks:
+        block.attn.proj.weight.zero_()
+    x_t, z_t, t, y = inputs(net)
+    z_2 = z_t.clone()
+    z_2[:, :, 4:, :4] += 1
+    for a, b in zip(net(x_t, z_t, t, y), net(x_t, z_2, t, y)):
+        changed = (a != b).any(0).any(0)
+        assert changed[4:, :4].all() and changed.sum() == 16
+
+
+def test_unconditional_nets_have_one_label_and_fusion_none_no_z():
+    net = model.build("DiT-T/2", "none", r=8, n_classes=0, x_channels=1, x_size=8)
+    assert net.y_embedder.embedding_table.weight.shape == (1, 128) and net.r == 0
+    pred_x, pred_z = net(normal(2, 1, 8, 8), None, torch.tensor([0, 999]), torch.zeros(2).long())
+    assert pred_x.shape == (2, 2, 8, 8) and pred_z is None
+
+
+def test_flow_target_is_the_derivative_of_the_path():
+    flow = model.Flow()
+    x, eps = (normal(3, 2, 4, 4, seed=seed, dtype=DOUBLE) for seed in range(2))
+    t, h = torch.tensor([0.1, 0.5, 0.9], dtype=DOUBLE), 1e-5
+    derivative = (flow.add_noise(x, eps, t + h) - flow.add_noise(x, eps, t - h)) / (2 * h)
+    assert flow.loss(derivative, x, eps, t).max() < 1e-18
+    assert flow.loss(derivative + 2, x, eps, t).allclose(torch.full((3,), 4.0, dtype=DOUBLE))
+    one, zero = torch.ones(3, dtype=DOUBLE), torch.zeros(3, dtype=DOUBLE)
+    assert torch.equal(flow.add_noise(x, eps, one), x)
+    assert torch.equal(flow.add_noise(x, eps, zero), eps)
+
+
+@pytest.mark.parametrize("process, t", [(model.Flow(), 0.3), (model.DDPM(), 300)])
+def test_x_hat_and_score_follow_from_the_true_prediction(process, t):
+    x, eps = normal(2, 3, 4, 4, dtype=DOUBLE), normal(2, 3, 4, 4, seed=1, dtype=DOUBLE)
+    x_t = process.add_noise(x, eps, torch.full((2,), t))
+    pred = x - eps if process.outputs == 1 else torch.cat([eps, eps], 1)
+    sigma = 1 - t if process.outputs == 1 else process.sigma[t]
+    assert process.x_hat(pred, x_t, t).allclose(x, atol=1e-6)
+    assert process.score(pred, x_t, t).allclose(-eps / sigma, atol=1e-6)
+
+
+def test_ddpm_has_the_published_schedule():
+    beta = np.linspace(1e-4, 0.02, 1000)
+    ddpm = model.DDPM()
+    assert np.allclose(ddpm.alpha.numpy() ** 2, np.cumprod(1 - beta), rtol=1e-12)
+    assert np.allclose(ddpm.beta.numpy(), beta, rtol=1e-9)
+    assert ddpm.data_time(torch.tensor([0, 999])).tolist() == [1, 0]
+    assert model.DDPM().draw_t(torch.tensor([0, 0.9999999])).tolist() == [0, 999]
+
+
+def test_vlb_is_the_kl_of_torch_distributions():
+    """Against KL(Normal, Normal) on the textbook posterior, and exact bins of the CDF at t = 0."""
+    t = torch.tensor([0, 0, 1, 10, 500, 999])
+    x, eps, noise = (normal(6, 2, 4, 4, seed=s, dtype=DOUBLE) for s in range(3))
+    x = x.clamp(-0.99, 0.99)
+    pred_eps, out = eps + 0.1 * noise, normal(6, 2, 4, 4, seed=3, dtype=DOUBLE)
+    ddpm = model.DDPM()
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=DOUBLE)
+    bar = torch.cumprod(1 - beta, 0)
+    before = torch.cat([torch.ones(1), bar[:-1]])
+    tilde = beta * (1 - before) / (1 - bar)
+    tilde[0] = tilde[1]
+    b, a, p, v = (table[t].view(-1, 1, 1, 1) for table in (beta, bar, before, tilde))
+    x_t = a.sqrt() * x + (1 - a).sqrt() * eps
+    x_hat = (x_t - (1 - a).sqrt() * pred_eps) / a.sqrt()
+
+    def posterior(x):
+        return (p.sqrt() * b * x + (1 - b).sqrt() * (1 - p) * x_t) / (1 - a)
+
+    std = torch.exp(0.5 * ((out + 1) / 2 * b.log() + (1 - out) / 2 * v.log()))
+    true, ours = (torch.distributions.Normal(m, s) for m, s in ((posterior(x), v.sqrt()),
+                                                                 (posterior(x_hat), std)))
+    kl = torch.distributions.kl_divergence(true, ours).mean((1, 2, 3)) / np.log(2)
+    bins = ours.cdf(x + 1 / 255) - ours.cdf(x - 1 / 255)
+    nll = -bins.clamp(min=1e-12).log2().mean((1, 2, 3))
+    vlb = ddpm.vlb(pred_eps, out, x, eps, t)
+    assert vlb[2:].allclose(kl[2:], rtol=1e-6)
+    assert vlb[:2].allclose(nll[:2], rtol=2e-3)                          # the CDF's tanh form
+    in_float32 = ddpm.vlb(*(part.float() for part in (pred_eps, out, x, eps)), t)
+    assert in_float32.allclose(vlb.float(), rtol=1e-4)
+
+
+def test_the_bound_trains_the_variance_alone():
+    ddpm, x, eps = model.DDPM(), normal(2, 1, 4, 4), normal(2, 1, 4, 4, seed=1)
+    pred, t = normal(2, 2, 4, 4, seed=2).requires_grad_(), torch.tensor([0, 400])
+    ddpm.loss(pred, x, eps, t).sum().backward()
+    assert pred.grad[:, :1].allclose(2 * (pred[:, :1] - eps) / 16)       # the squared error's alone
+    assert (pred.grad[:, 1:] != 0).all()
+
+
+def named_weights(name, shape):
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return 0.05 * torch.randn(shape, generator=generator)
+
+
+PEERS = {  # first six of every 37th output value of the official class: x's channels, then z's
+    ("SiT", "none"): [-0.32502, -0.10778, 0.24534, -0.0748, 0.18454, -0.03624],
+    ("SiT", "merged"): [-0.47359, -0.71601, -0.0827, -0.91843, -0.35964, -0.28801,
+                        -1.27135, 0.57467, -0.1589, -0.30201, 0.49837, 0.1803],
+    ("DiT", "none"): [-0.34444, 0.38327, -0.69281, 0.01654, 0.16675, 0.02266],
+    ("DiT", "merged"): [-0.51334, -0.30477, 0.16712, -0.41122, -0.3292, 0.58191,
+                        -1.28296, 0.82545, -0.45979, 0.87757, 0.53733, -0.34311],
+}
+PEER_CASES = dict(input_size=8, patch_size=2, hidden_size=128, depth=4, num_heads=4, num_classes=10)
+
+
+def peer_inputs(family):
+    t = torch.tensor([0.13, 0.87]) if family == "SiT" else torch.tensor([13, 870])
+    return normal(2, 4, 8, 8), normal(2, 3, 8, 8, seed=1), t, torch.tensor([3, 10])
+
+
+def by_modality(outputs, channels, x_channels=4):
+    """Indices of x's and of z's among `outputs` groups of `channels` output channels."""
+    channel = torch.arange(outputs * channels) % channels
+    return [torch.nonzero(mask)[:, 0] for mask in (channel < x_channels, channel >= x_channels)]
+
+
+def thinned(pred_x, pred_z):
+    parts = [pred.flatten()[::37][:6] for pred in (pred_x, pred_z) if pred is not None]
+    return torch.cat(parts).tolist()
+
+
+def record_peers(redi_folder, dit_folder):
+    """Print PEERS from the official classes: zelaki/ReDi 58c65a8, facebookresearch/DiT ed81ce2."""
+    for family, fusion in PEERS:
+        folder = redi_folder if family == "SiT" else dit_folder
+        spec = importlib.util.spec_from_file_location(family, f"{folder}/models.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        channels = 4 if fusion == "none" else 7
+        options = {"learn_sigma": False} if family == "SiT" else {}
+        net = getattr(module, family)(in_channels=channels, **PEER_CASES, **options).eval()
+        for name, p in net.named_parameters():
+            if p.requires_grad:
+                p.data = named_weights(name, p.shape)
+        x_t, z_t, t, y = peer_inputs(family)
+        with torch.no_grad():
+            pred = net(x_t if fusion == "none" else torch.cat([x_t, z_t], 1), t, y)
+        pred_x, pred_z = (pred[:, i] for i in by_modality(pred.shape[1] // channels, channels))
+        values = thinned(pred_x, None if fusion == "none" else pred_z)
+        print(f"    {(family, fusion)}: {[round(value, 5) for value in values]},")
+
+
+@pytest.mark.parametrize("family, fusion", PEERS)
+def test_the_network_equals_the_authors(family, fusion):
+    net = model.build(f"{family}-T/2", fusion, 3, 10, 4, 8).eval()
+    channels, outputs = 4 + net.r, net.process.outputs
+    weights = {name: named_weights(name, p.shape) for name, p in net.named_parameters()}
+    embed = named_weights("x_embedder.proj.weight", (128, channels, 2, 2))
+    rows = 4 * outputs * channels
+    decode = named_weights("final_layer.linear.weight", (rows, 128)).view(4, -1, 128)
+    bias = named_weights("final_layer.linear.bias", (rows,)).view(4, -1)
+    of_x, of_z = by_modality(outputs, channels)
+    weights["x_embedder.proj.weight"] = embed[:, :4]
+    for linear, index in [("linear", of_x)] + [("linear_z", of_z)] * (net.r > 0):
+        weights[f"final_layer.{linear}.weight"] = decode[:, index].reshape(-1, 128)
+        weights[f"final_layer.{linear}.bias"] = bias[:, index].reshape(-1)
+    if net.r:
+        weights["z_embedder.proj.weight"] = embed[:, 4:]
+        weights["z_embedder.proj.bias"] = torch.zeros(128)
+    net.load_state_dict(weights | {"pos_embed": net.pos_embed})
+    x_t, z_t, t, y = peer_inputs(family)
+    with torch.no_grad():
+        ours = thinned(*net(x_t, z_t if net.r else None, t, y))
+    assert ours == pytest.approx(PEERS[family, fusion], abs=1e-4)
+
+
+# data.py
+
+BRIEF = "train.py --steps 8 --ckpt_every 4 --log_every 2 --sample_steps 4 --batch_size 16"
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    """A folder where `python train.py` has just run, briefly: prepared/digits and out are there."""
+    folder = tmp_path_factory.mktemp("work")
+    run(BRIEF, folder)
+    return folder
+
+
+def run(command, folder, ok=True, launcher=(sys.executable,)):
+    """The command as a user types it in `folder`; its stdout, or if not ok its stderr."""
+    script, *flags = command.split()
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*launcher, str(HERE / script), *flags], cwd=folder, env=env,
+                            capture_output=True, text=True, timeout=300)
+    assert (result.returncode == 0) == ok, result.stdout + result.stderr
+    return result.stdout if ok else result.stderr
+
+
+@pytest.fixture
+def digits(workdir):
+    return data.Prepared(str(workdir / "prepared/digits"), 4)
+
+
+def test_held_out_digits_are_in_no_prepared_row(digits):
+    x, y, held_out = data.digits()
+    assert held_out.sum() == 179 and digits.n == 1797 - 179
+    rows_x, _, rows_y = digits.batch(torch.arange(digits.n))
+    assert torch.equal(rows_x, x[~held_out]) and torch.equal(rows_y, y[~held_out])
+    assert -1 == x.min() and x.max() == 1
+
+
+def test_z_is_resized_bilinearly_without_aligned_corners(digits):
+    _, z, _ = digits.batch(torch.tensor([5, 900]))
+    grid = torch.from_numpy(digits.z[[5, 900]][:, :4].astype(np.float32))
+    assert z.shape == (2, 4, 8, 8)
+    # output pixel i sits at (i + 0.5) / 2 - 0.5 of the 4 x 4 grid: weights 3/4 and 1/4
+    row = 0.75 * grid[:, :, 1] + 0.25 * grid[:, :, 2]
+    assert z[:, :, 3, 3].allclose(0.75 * row[:, :, 1] + 0.25 * row[:, :, 2], atol=1e-5)
+    assert z[:, :, 0, 0].allclose(grid[:, :, 0, 0], atol=1e-5)
+
+
+def test_fewer_channels_of_z_are_its_first(workdir, digits):
+    rows = torch.arange(7)
+    _, z, _ = data.Prepared(str(workdir / "prepared/digits"), 2).batch(rows)
+    assert torch.equal(z, digits.batch(rows)[1][:, :2])
+    assert data.Prepared(str(workdir / "prepared/digits"), 0).batch(rows)[1] is None
+
+
+def test_the_encoder_reads_digits_it_never_saw(workdir):
+    x, y, held_out = data.digits()
+    encoder = data.train_digit_encoder(x[~held_out], y[~held_out], epochs=6)
+    with torch.no_grad():
+        assert (encoder(x[held_out]).argmax(1) == y[held_out]).float().mean() > 0.95
+
+
+def test_every_epoch_visits_every_row_once_in_another_order():
+    n, B = 10, 4
+    stream = torch.cat([data.rows_of_step(0, step, B, n) for step in range(5)])
+    first, second = stream[:n], stream[n:]
+    assert first.sort()[0].tolist() == second.sort()[0].tolist() == list(range(n))
+    assert not torch.equal(first, second)
+    assert torch.equal(torch.cat([data.rows_of_step(0, step, 5, n) for step in range(4)]), stream)
+    assert not torch.equal(data.rows_of_step(1, 0, n, n), first)
+
+
+def test_generators_of_different_purposes_are_apart():
+    keys = [(0, "a", 0), (0, "a", 1), (0, "b", 0), (1, "a", 0)]
+    draws = [torch.rand(3, generator=data.generator(*key)).tolist() for key in keys]
+    assert len({tuple(draw) for draw in draws}) == 4
+    assert draws[1] == torch.rand(3, generator=data.generator(*keys[1])).tolist()
+
+
+def test_uint8_rounds_as_adm_does():
+    x = torch.linspace(-1.2, 1.2, 1000)
+    adm = ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)                # guided-diffusion
+    dit = torch.clamp(127.5 * x + 128.0, 0, 255).to(torch.uint8)         # DiT, which we follow
+    assert torch.equal(data.to_uint8(x), dit) and (dit.int() - adm.int()).abs().max() <= 1
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(data.to_uint8(data.from_uint8(every)), every)
+
+
+@pytest.mark.parametrize("name, spoil, words", [
+    ("x.npy", lambda b: b[:len(b) // 2], "damaged"), ("z.npy", lambda b: b"", "damaged"),
+    ("meta.json", lambda b: b[:50], "damaged"),
+    ("meta.json", lambda b: b.replace(b'"format": 1', b'"format": 99'), "format 99"),
+    ("meta.json", lambda b: b.replace(b'"n": 1618', b'"n": 1619'), "meta.json says")])
+def test_damaged_prepared_data_is_named(workdir, tmp_path, name, spoil, words):
+    for file in (workdir / "prepared/digits").iterdir():
+        content = file.read_bytes()
+        (tmp_path / file.name).write_bytes(spoil(content) if file.name == name else content)
+    with pytest.raises(data.UserError, match=words) as error:
+        data.Prepared(str(tmp_path), 4)
+    assert "prepare it again" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_data_and_too_large_r_say_what_to_type(workdir):
+    with pytest.raises(data.UserError, match="python data.py --images"):
+        data.Prepared("nowhere", 4)
+    with pytest.raises(data.UserError, match="lower --r"):
+        data.Prepared(str(workdir / "prepared/digits"), 17)
+
+
+# pca.py
+
+@pytest.fixture
+def features():
+    """(500, 6) with correlated channels of very different mean and scale."""
+    f = normal(500, 6, dtype=DOUBLE) @ normal(6, 6, seed=1, dtype=DOUBLE)
+    return (f * torch.tensor([1, 10, 0.1, 1, 5, 1]) + torch.arange(6) * 20).numpy()
+
+
+def test_moments_do_not_depend_on_batching(features):
+    whole = pca.Moments(6).update(features)
+    parts = pca.Moments(6)
+    for part in np.split(features.astype(np.float32), [1, 7, 300]):
+        parts.update(part)
+    assert whole.n == parts.n == 500
+    assert np.allclose(whole.mean, features.mean(0)) and np.allclose(whole.cov, np.cov(features.T))
+    assert np.allclose(parts.cov, whole.cov, rtol=1e-4)
+    with pytest.raises(ValueError, match="NaN"):
+        whole.update(np.full((1, 6), np.nan))
+    with pytest.raises(ValueError, match="2 rows"):
+        pca.Moments(6).update(features[:1]).cov
+
+
+def test_pca_equals_scikit_learns(features):
+    from sklearn.decomposition import PCA
+    from sklearn.preprocessing import StandardScaler
+    standard = StandardScaler().fit_transform(features)
+    theirs = PCA(4).fit(standard)
+    ours = pca.fit(pca.Moments(6).update(features), 4)
+    assert np.allclose(ours.components, theirs.components_, atol=1e-8)
+    assert np.allclose(ours.variance, theirs.explained_variance_, rtol=1e-8)
+    assert np.allclose(ours.variance / ours.total_variance, theirs.explained_variance_ratio_)
+    assert np.allclose(ours.project(features), theirs.transform(standard), atol=1e-8)
+    assert np.allclose(ours.project(features).std(0, ddof=1), ours.z_std)
+
+
+def test_back_projection_undoes_projection(features):
+    full = pca.fit(pca.Moments(6).update(features), 6, scale=1.7)
+    assert np.allclose(full.back_project(full.project(features)), features)
+    assert np.allclose(full.project(features, 2), full.project(features)[:, :2])
+    plain = pca.fit(pca.Moments(6).update(features), 6)
+    assert np.allclose(full.project(features), 1.7 * plain.project(features))
+    least = plain.back_project(plain.project(features, 2))               # optimal of rank 2
+    lost = ((least - features) / plain.std).var(0, ddof=1).sum()
+    assert np.allclose(lost, plain.variance[2:].sum())
+
+
+def test_a_constant_channel_gives_no_nan(features):
+    features[:, 2] = 0.1
+    fitted = pca.fit(pca.Moments(6).update(features), 3)
+    assert np.isfinite(fitted.project(features)).all()
+    assert np.allclose(fitted.components[:, 2], 0, atol=1e-6)
+
+
+def test_the_file_holds_everything_without_pickle(features, tmp_path):
+    path = str(tmp_path / "pca.npz")
+    fitted = pca.fit(pca.Moments(6).update(features), 3, 0.5, "some encoder")
+    fitted.save(path)
+    loaded = pca.load(path)
+    assert (loaded.encoder, loaded.scale, loaded.n) == ("some encoder", 0.5, 500)
+    assert np.array_equal(loaded.project(features), fitted.project(features))
+    (tmp_path / "half.npz").write_bytes((tmp_path / "pca.npz").read_bytes()[:300])
+    with pytest.raises(ValueError, match="half.npz"):
+        pca.load(str(tmp_path / "half.npz"))
+
+
+# train.py
+
+def loss_inputs(net, B=4):
+    x_t, z_t, t, y = inputs(net, B)
+    return x_t, z_t, y, t, normal(*x_t.shape, seed=7), normal(*z_t.shape, seed=8)
+
+
+@pytest.mark.parametrize("name", ["SiT-T/2", "DiT-T/2"])
+def test_z_is_dropped_per_sample_in_the_input_and_in_the_loss(name):
+    net = tiny(name)
+    x, z, y, t, eps_x, eps_z = loss_inputs(net)
+    dropped, seen = torch.tensor([False, True, False, True]), []
+
+    def spy(x_t, z_t, t, y):
+        seen.append(z_t)
+        return net(x_t, z_t, t, y)
+
+    loss_x, loss_z = train.joint_loss(spy, net.process, x, z, y, t, eps_x, eps_z, dropped)
+    assert (seen[0].flatten(1) == 0).all(1).tolist() == (loss_z == 0).tolist() == dropped.tolist()
+    kept_x, kept_z = train.joint_loss(net, net.process, x, z, y, t, eps_x, eps_z, dropped & False)
+    assert loss_z[~dropped].allclose(kept_z[~dropped])
+    assert loss_x[~dropped].allclose(kept_x[~dropped])
+    assert not loss_x[dropped].allclose(kept_x[dropped])
+    assert (loss_x > 0).all() and (kept_z > 0).all()
+
+
+def test_a_dropped_samples_z_reaches_no_gradient():
+    net = tiny().requires_grad_(True)
+    x, z, y, t, eps_x, eps_z = loss_inputs(net)
+    gradients = []
+    for other in (0, 100):
+        net.zero_grad()
+        loss_x, loss_z = train.joint_loss(net, net.process, x, z + other, y, t, eps_x, eps_z,
+                                          torch.ones(4, dtype=torch.bool))
+        (loss_x + loss_z).mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 0
+
+
+def test_dropout_and_guidance_null_z_through_one_function(monkeypatch):
+    net, calls, drop_z = tiny(), [], model.drop_z
+    monkeypatch.setattr(model, "drop_z",
+                        lambda z, dropped: calls.append(len(z)) or drop_z(z, dropped))
+    x, z, y, t, eps_x, eps_z = loss_inputs(net)
+    train.joint_loss(net, net.process, x, z, y, t, eps_x, eps_z, torch.zeros(4, dtype=torch.bool))
+    sample.guided(net, y, w_r=2)((x, z), 0.5)
+    assert calls == [4, 8]
+
+
+def test_draws_are_functions_of_seed_and_step():
+    net = tiny()
+    one, again, other = (train.draw(0, step, 6, net) for step in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(one, again))
+    assert all(not torch.equal(a, b) for a, b in zip(one, other))
+    u, eps_x, eps_z, u_y, u_z = one
+    assert eps_x.shape == (6, 2, 8, 8) and eps_z.shape == (6, 3, 8, 8)
+    assert not torch.equal(u, u_y) and not torch.equal(u_y, u_z)
+    none = train.draw(0, 3, 6, tiny(fusion="none"))
+    assert none[2] is None and torch.equal(none[1], eps_x)            # x's noise for every fusion
+
+
+def test_ema_ramps_up_and_averages():
+    net, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    expected = 0.0
+    with torch.no_grad():
+        for p in ema.parameters():
+            p.zero_()
+        for step in range(200):
+            for p in net.parameters():
+                p.fill_(step)
+            train.update_ema(ema, net, 0.9, step)
+            decay = min(0.9, (1 + step) / (10 + step))
+            expected = decay * expected + (1 - decay) * step
+    assert ema.weight.item() == pytest.approx(expected, rel=1e-5) and 185 < expected < 195
+
+
+def test_the_log_divides_z_by_kept_samples_and_splits_by_quarter():
+    loss_x, loss_z = torch.tensor([1.0, 2, 3, 4]), torch.tensor([10.0, 0, 20, 0])
+    dropped, time = torch.tensor([False, True, False, True]), torch.tensor([0.0, 0.1, 0.3, 1.0])
+    sums = train.tally(loss_x, loss_z, dropped, time, 0.5)
+    entry = train.log_entry(7, sums + sums, 12.34, "merged")
+    assert entry == {"step": 7, "loss": 6.25, "loss_x": 2.5, "loss_z": 15.0, "loss_q0": 4.0,
+                     "loss_q1": 13.0, "loss_q2": None, "loss_q3": 4.0, "images_per_s": 12.3}
+    assert "loss_z" not in train.log_entry(7, sums, 1, "none")
+
+
+def test_quarter_0_is_the_noisiest_for_both_processes():
+    flow, ddpm = model.Flow(), model.DDPM()
+    assert flow.data_time(torch.tensor([0.1])) < 0.25 and ddpm.data_time(torch.tensor([990])) < 0.25
+    x, eps = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    assert flow.add_noise(x, eps, torch.tensor([0.1])) < 0.2
+    assert ddpm.add_noise(x, eps, torch.tensor([990])) < 0.2
+
+
+def settings_for(*flags, checkpoint=None):
+    given = vars(train.parser().parse_args(flags))
+    return train.resolve({k: v for k, v in given.items() if v is not None and k not in
+                          ("out", "restart")}, checkpoint)
+
+
+def test_defaults_are_the_papers_but_for_size_t_on_digits():
+    xl = settings_for("--model", "SiT-XL/2")
+    assert (xl["data"], xl["lr"], xl["batch_size"], xl["steps"], xl["r"], xl["sample_steps"]) == (
+        "prepared/imagenet256", 1e-4, 256, 400_000, 8, 250)
+    assert (xl["fusion"], xl["lam_z"], xl["p_drop_z"], xl["p_drop_y"], xl["ema"]) == (
+        "merged", 1, 0.2, 0.1, 0.9999)
+    digits = settings_for()
+    assert (digits["model"], digits["data"], digits["batch_size"], digits["r"]) == (
+        "SiT-T/2", "digits", 128, 4)
+    assert settings_for("--data", "elsewhere")["lr"] == 1e-4
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--model SiT-Q/2", "SiT-T/2"), ("--fusion none --r 4", "--r"), ("--r 0", "--r"),
+    ("--fusion none --lam_z 1", "--lam_z"), ("--fusion none --p_drop_z 0.2", "--p_drop_z"),
+    ("--steps 0", "--steps"), ("--lr nan", "--lr"), ("--p_drop_z 1.5", "--p_drop_z"),
+    ("--batch_size 3", "--batch_size"), ("--model DiT-T/2 --sample_steps 1", "--sample_steps")])
+def test_impossible_settings_are_refused(flags, words):
+    with pytest.raises(data.UserError, match=words):
+        train.check(settings_for(*flags.split()), n_processes=2)
+
+
+def test_flags_that_contradict_the_checkpoint_are_refused():
+    checkpoint = {"settings": settings_for("--seed", "3", "--lam_z", "0.5")}
+    assert settings_for("--steps", "9", checkpoint=checkpoint)["lam_z"] == 0.5
+    assert settings_for("--seed", "3", checkpoint=checkpoint)["seed"] == 3
+    for flags in ("--seed 0", "--lam_z 1", "--model SiT-T/4", "--fusion none", "--r 2", "--lr 1",
+                  "--unconditional", "--data x", "--batch_size 2", "--ema 0", "--p_drop_z 0",
+                  "--p_drop_y 0"):
+        with pytest.raises(data.UserError, match=f"{flags.split()[0]} .*contradicts"):
+            settings_for(*flags.split(), checkpoint=checkpoint)
+
+
+def losses(out):
+    """The comparable part of log.jsonl: steps and losses."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in line if name != "images_per_s"} for line in lines]
+
+
+def same_weights(out_1, out_2):
+    one, two = (sample.load_checkpoint(str(out / "ckpt.pt")) for out in (out_1, out_2))
+    return all(torch.equal(one[part][name], two[part][name])
+               for part in ("net", "ema") for name in one[part])
+
+
+def test_a_run_that_was_killed_goes_on_bit_for_bit(workdir, tmp_path):
+    """Killed 'after' step 6: the log has lines beyond the checkpoint of step 4, and a torn one."""
+    for file in ("ckpt.pt", "log.jsonl"):
+        (tmp_path / file).write_bytes((workdir / "out" / file).read_bytes())
+    os.replace(tmp_path / "ckpt.pt", tmp_path / "whole.pt")
+    (tmp_path / "ckpt.pt").write_bytes((workdir / "out/ckpt_prev.pt").read_bytes())
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')
+    assert sample.load_checkpoint(str(tmp_path / "ckpt.pt"))["step"] == 4
+    run(f"train.py --out {tmp_path}", workdir)
+    assert losses(tmp_path) == losses(workdir / "out") and len(losses(tmp_path)) == 4
+    assert same_weights(tmp_path, workdir / "out")
+
+
+def test_two_processes_take_the_same_steps_as_one(workdir, tmp_path):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    run(f"{BRIEF} --out {tmp_path}", workdir, launcher=torchrun)
+    for one, two in zip(losses(workdir / "out"), losses(tmp_path), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_no_checkpoint_has_it(workdir, tmp_path):
+    error = run(f"train.py --lr 1e30 --steps 6 --ckpt_every 1 --batch_size 8 --out {tmp_path}",
+                workdir, ok=False)
+    assert "the loss is" in error.splitlines()[-1] and "Traceback" not in error
+    checkpoint = sample.load_checkpoint(str(tmp_path / "ckpt.pt"))
+    assert f"at step {checkpoint['step']} " in error                     # steps before it are saved
+
+
+# sample.py
+
+STATE = 0.4, 5                                                          # t for flow, step for DDPM
+
+
+def call(net, y, **guidance):
+    x_t, z_t, *_ = inputs(net)
+    state = (x_t, z_t) if net.r else (x_t,)
+    return sample.guided(net, y, **guidance)(state, STATE[net.process.outputs - 1])
+
+
+def plain(net, y, z_factor=1):
+    x_t, z_t, *_ = inputs(net)
+    t = torch.full((4,), STATE[net.process.outputs - 1])
+    preds = net(x_t, None if z_t is None else z_factor * z_t, t, y)
+    return [pred for pred in preds if pred is not None]
+
+
+@pytest.mark.parametrize("name", ["SiT-T/2", "DiT-T/2"])
+@pytest.mark.parametrize("fusion", model.FUSIONS)
+def test_weights_of_one_are_one_plain_call(name, fusion):
+    net, y, sizes = tiny(name, fusion), torch.arange(4), []
+    net.blocks[0].register_forward_hook(lambda block, args, h: sizes.append(len(h)))
+    guided = call(net, y)
+    assert sizes == [4]
+    assert all(torch.equal(a, b) for a, b in zip(guided, plain(net, y), strict=True))
+
+
+@pytest.mark.parametrize("name", ["SiT-T/2", "DiT-T/2"])
+def test_guidance_is_the_documented_formula(name):
+    """Each alone, both together, on x or on both; variances and the other modality stay."""
+    net, y = tiny(name), torch.arange(4)
+    e, no_y, no_z = plain(net, y), plain(net, torch.full((4,), 10)), plain(net, y, z_factor=0)
+    C = net.x_channels
+    for w_cfg, w_r, cfg_on, rg_on in [
+            (3, 1, "x", "x"), (1, 1.5, "x", "x"), (2, 1.5, "x", "x"), (2, 1.5, "both", "x"),
+            (2, 1.5, "x", "both"), (0, 0, "x", "x")]:
+        x, z = call(net, y, w_cfg=w_cfg, w_r=w_r, cfg_on=cfg_on, rg_on=rg_on)
+        wanted = e[0] + (w_cfg - 1) * (e[0] - no_y[0]) + (w_r - 1) * (e[0] - no_z[0])
+        assert x[:, :C].allclose(wanted[:, :C], atol=1e-4)
+        assert x[:, C:].allclose(e[0][:, C:], atol=1e-5)                 # DiT's variances
+        wanted = e[1] + (w_cfg - 1) * (cfg_on == "both") * (e[1] - no_y[1]) \
+            + (w_r - 1) * (rg_on == "both") * (e[1] - no_z[1])
+        assert z[:, :net.r].allclose(wanted[:, :net.r], atol=1e-4)
+        assert z[:, net.r:].allclose(e[1][:, net.r:], atol=1e-5)
+    without_z, _ = call(net, y, w_r=0)
+    assert without_z[:, :C].allclose(no_z[0][:, :C], atol=1e-5)          # w_r = 0: e(x_t) alone
+
+
+def test_guidance_costs_a_branch_per_weight_in_one_batch():
+    net, sizes = tiny(), []
+    net.blocks[0].register_forward_hook(lambda block, args, h: sizes.append(len(h)))
+    for weights in ({"w_cfg": 2}, {"w_r": 2}, {"w_cfg": 2, "w_r": 2}):
+        call(net, torch.arange(4), **weights)
+    assert sizes == [8, 8, 12]
+
+
+MEAN, STD, N = 0.7, 0.3, 20_000                                         # of a Gaussian "data set"
+
+
+def gaussian_prediction(process):
+    """The exact network for data N(MEAN, STD^2)."""
+    def predict(state, t):
+        flow, preds = process.outputs == 1, []
+        a, s = (t, 1 - t) if flow else (process.alpha[t].item(), process.sigma[t].item())
+        for x_t in state:
+            x_hat = MEAN + a * STD ** 2 / (a ** 2 * STD ** 2 + s ** 2) * (x_t - a * MEAN)
+            eps = (x_t - a * x_hat) / s
+            preds.append(x_hat - eps if flow else torch.cat([eps, -torch.ones_like(eps)], 1))
+        return preds
+    return predict
+
+
+@pytest.mark.parametrize("solver, steps, tolerance", [
+    (sample.euler, 100, 0.01), (sample.euler_maruyama, 250, 0.02), (sample.ddpm, 250, 0.02)])
+def test_solvers_recover_a_gaussian(solver, steps, tolerance):
+    process = model.DDPM() if solver is sample.ddpm else model.Flow()
+    seeds = iter(range(10_000))
+
+    def noise():
+        return [normal(N, 1, 1, 1, seed=next(seeds)) for _ in range(2)]
+
+    x, z = solver(gaussian_prediction(process), process, noise(), steps, noise)
+    for part in (x, z):
+        assert part.mean().item() == pytest.approx(MEAN, abs=tolerance)
+        assert part.std().item() == pytest.approx(STD, abs=tolerance)
+
+
+def test_every_solver_makes_as_many_calls_as_asked():
+    for process, solvers in sample.SOLVERS.items():
+        for solver in solvers.values():
+            times, predict, start = [], gaussian_prediction(process()), [normal(2, 1, 1, 1)]
+            solver(lambda state, t: times.append(t) or predict(state, t), process(), start, 50,
+                   lambda: start)
+            assert len(times) == 50
+            assert times == sorted(times, reverse=process is model.DDPM)
+            assert times[0] == (999 if process is model.DDPM else 0)
+    assert times[-1] == 0                                               # DDPM's chain ends there
+
+
+@pytest.mark.parametrize("steps", [1000, 250, 7])
+def test_ddpm_equals_diffusers_from_the_same_noise(steps, monkeypatch):
+    from diffusers.schedulers import scheduling_ddpm
+    scheduler = scheduling_ddpm.DDPMScheduler(
+        1000, 1e-4, 0.02, "linear", variance_type="learned_range", clip_sample=False,
+        timestep_spacing="linspace")
+    scheduler.set_timesteps(steps)
+    shape = (2, 3, 4, 4)
+    noises = [normal(*shape, seed=s, dtype=DOUBLE) for s in range(steps)]
+    mix = 0.3 * normal(6, 3, dtype=DOUBLE)
+
+    def predict(state, t):
+        out = torch.einsum("oc,bchw->bohw", mix, state[0].tanh() + t / 1000).tanh()
+        return [torch.cat([out[:, :3] + 0.5 * state[0], out[:, 3:]], 1)]
+
+    played = iter(noises)
+    ours, = sample.ddpm(predict, model.DDPM(), (noises[-1],), steps, lambda: [next(played)])
+    theirs, played = noises[-1], iter(noises)
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **kwargs: next(played))
+    for t in scheduler.timesteps:
+        theirs = scheduler.step(predict([theirs], t.item())[0], t, theirs).prev_sample
+    assert ours.abs().max() > 1 and (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("name", ["SiT-T/2", "DiT-T/2"])
+def test_image_i_does_not_depend_on_the_batch_size_or_on_n(name):
+    net, y = tiny(name), torch.arange(7)
+
+    def grey_levels(n, batch_size):
+        parts = sample.generate(net, y[:n], 5, batch_size=batch_size)
+        return [data.to_uint8(part).int() for part in parts]
+
+    whole = grey_levels(7, 7)
+    for n, batch_size in ((7, 3), (5, 4)):
+        for part, expected in zip(grey_levels(n, batch_size), whole):
+            assert (part - expected[:n]).abs().max() <= 1
+    assert (whole[0][0] - whole[0][1]).abs().max() > 10                  # images do differ
+
+
+def test_equal_batch_sizes_give_equal_bits():
+    net, y = tiny(), torch.arange(6)
+    x, z = sample.generate(net, y, 4, batch_size=4, w_cfg=2, w_r=1.5)
+    x_2, z_2 = sample.generate(net, y[:3], 4, batch_size=4, w_cfg=2, w_r=1.5)
+    assert torch.equal(x[:3], x_2) and torch.equal(z[:3], z_2)
+    assert not torch.equal(x, sample.generate(net, y, 4, batch_size=4, w_cfg=2, w_r=1.5, seed=1)[0])
+
+
+def test_the_noise_of_x_is_the_same_for_every_fusion():
+    nets = [tiny(fusion=fusion) for fusion in model.FUSIONS]
+    noises = [sample.image_noise(net, 0, range(3), "cpu") for net in nets]
+    first, second = ([noise() for noise in noises] for _ in range(2))
+    for draws in (first, second):
+        assert torch.equal(draws[0][0], draws[1][0]) and torch.equal(draws[1][0], draws[2][0])
+    assert not torch.equal(first[0][0], second[0][0]) and len(first[0]) == 1
+    assert not torch.equal(first[1][0], first[1][1][:, :2])
+
+
+def test_labels_are_random_balanced_or_listed():
+    few, many = (sample.choose_labels("random", n, 10, 0) for n in (5, 500))
+    assert torch.equal(few, many[:5]) and set(many.tolist()) == set(range(10))
+    assert sample.choose_labels("balanced", 12, 10, 0).tolist() == [*range(10), 0, 1]
+    assert sample.choose_labels("3,1", 5, 10, 0).tolist() == [3, 1, 3, 1, 3]
+    assert sample.choose_labels("random", 3, 0, 0).tolist() == [0, 0, 0]
+    for labels, n_classes in (("10", 10), ("-1", 10), ("cat", 10), ("balanced", 0), ("0", 0)):
+        with pytest.raises(data.UserError, match="--labels"):
+            sample.choose_labels(labels, 3, n_classes, 0)
+
+
+def test_the_sheet_has_each_image_above_its_features():
+    x, z = torch.full((3, 1, 8, 8), 1.0), torch.zeros(3, 4, 8, 8)
+    z[1, 0] = 4                                                         # two deviations: full red
+    meta = {"codec": None, "image_size": 8, "z_std": [2.0, 1.0, 1.0, 1.0]}
+    picture = np.asarray(sample.sheet(x, z, meta, columns=2))
+    assert picture.shape == (2 * (2 * 50 + 4) - 2, 2 * 50 + 2, 3)
+    assert (picture[10, 10] == 255).all() and (picture[60, 10] == 128).all()
+    assert picture[60, 60].tolist() == [255, 128, 128]
+    assert np.asarray(sample.sheet(x, None, meta, columns=3)).shape == (52, 152, 3)
+    for r in (1, 2):
+        assert sample.colours(z[:, :r], meta["z_std"][:r]).shape == (3, 8, 8, 3)
+
+
+def test_solvers_that_do_not_suit_are_refused():
+    for name, solver, steps in (
+            ("SiT-T/2", "ddpm", 9), ("DiT-T/2", "sde", 9), ("DiT-T/2", "euler", 9),
+            ("DiT-T/2", None, 1001), ("SiT-T/2", "sde", 1), ("SiT-T/2", "euler", 0)):
+        with pytest.raises(data.UserError, match="--s"):
+            sample.check_solver(name, solver, steps)
+    sample.check_solver("SiT-T/2", "euler", 1)
+
+
+@pytest.mark.parametrize("fusion, n_classes, p_drop_z, p_drop_y, flags, words", [
+    ("merged", 10, 0, 0.1, "--w_r 1.5", "--p_drop_z > 0"),
+    ("none", 10, 0, 0.1, "--w_r 1.5", "--fusion none"),
+    ("merged", 0, 0.2, 0.1, "--w_cfg 2", "--unconditional"),
+    ("merged", 10, 0.2, 0, "--w_cfg 2", "--p_drop_y > 0")])
+def test_guidance_that_the_model_was_not_trained_for_is_refused(
+        fusion, n_classes, p_drop_z, p_drop_y, flags, words):
+    checkpoint = {"arch": {"fusion": fusion, "n_classes": n_classes},
+                  "settings": {"p_drop_z": p_drop_z, "p_drop_y": p_drop_y}}
+    with pytest.raises(data.UserError, match=words):
+        sample.check_guidance(checkpoint, sample.parser().parse_args(flags.split()))
+    sample.check_guidance(checkpoint, sample.parser().parse_args([]))
+
+
+# fid.py
+
+def test_frechet_distance_has_the_closed_form_of_commuting_gaussians():
+    rng = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(rng.normal(size=(8, 8)))
+    mu_1, mu_2, var_1, var_2 = rng.normal(size=8), rng.normal(size=8), rng.random(8), rng.random(8)
+    var_1[:3] = 0                                                       # singular
+    distance = fid.frechet_distance(mu_1, basis * var_1 @ basis.T, mu_2, basis * var_2 @ basis.T)
+    wanted = ((mu_1 - mu_2) ** 2).sum() + ((np.sqrt(var_1) - np.sqrt(var_2)) ** 2).sum()
+    assert distance == pytest.approx(wanted, rel=1e-6)
+
+
+def test_frechet_distance_equals_scipys_square_root():
+    rng = np.random.default_rng(0)
+    one, two = rng.normal(size=(50, 6)), rng.normal(size=(60, 6)) @ rng.normal(size=(6, 6)) + 1
+    moments = [one.mean(0), np.cov(one.T), two.mean(0), np.cov(two.T)]
+    root = scipy.linalg.sqrtm(moments[1] @ moments[3]).real
+    wanted = ((moments[0] - moments[2]) ** 2).sum() + np.trace(moments[1] + moments[3] - 2 * root)
+    assert fid.frechet_distance(*moments) == pytest.approx(wanted, rel=1e-9)
+    assert fid.distance_of_features(one, two) == pytest.approx(wanted, rel=1e-9)
+    assert fid.distance_of_features(one, one[::-1]) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_refuses_nan_and_other_spaces():
+    mu, cov = np.zeros(3), np.eye(3)
+    for wrong in ((mu, cov, np.zeros(2), np.eye(2)), (mu, cov * np.nan, mu, cov)):
+        with pytest.raises(ValueError):
+            fid.frechet_distance(*wrong)
+
+
+def test_the_judges_read_real_digits_and_not_noise():
+    images, y = fid.held_out_digits()
+    real = fid.judge_digits(images, y)
+    assert real["read_as_asked_percent"] == real["real_read_right_percent"] > 98
+    assert max(value for name, value in real.items() if "frechet" in name) < 1e-6
+    rng = np.random.default_rng(0)
+    noise = np.repeat(rng.integers(0, 256, (400, 8, 8, 1), np.uint8), 3, -1)
+    judged = fid.judge_digits(noise, rng.integers(0, 10, 400))
+    assert judged["read_as_asked_percent"] < 30 and judged["frechet_pixels_400_vs_179"] > 5
+
+
+# command lines, as a user types them
+
+def test_train_writes_what_the_readme_says(workdir):
+    out = workdir / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "ckpt.pt", "ckpt_prev.pt", "log.jsonl", "sheet.png", "results.json"}
+    lines = losses(out)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8] and lines[-1]["loss"] < lines[0]["loss"]
+    assert {"loss", "loss_x", "loss_z", "loss_q0", "loss_q3"} <= set(lines[0])
+    results = json.loads((out / "results.json").read_text())
+    assert results["n_images"] == 1000 and results["frechet_pixels_1000_vs_179"] > 0
+    error = run("train.py", workdir, ok=False)
+    assert error.splitlines()[-1].startswith("error: out is done") and "--steps" in error
+
+
+def test_sample_writes_a_sheet_and_adms_layout(workdir):
+    run("sample.py --w_r 1.5", workdir)
+    with np.load(workdir / "samples/samples.npz") as file:
+        assert file["arr_0"].dtype == np.uint8 and file["arr_0"].shape == (60, 8, 8, 3)
+        assert file["y"].shape == (60,) and file["z"].shape == (60, 4, 8, 8)
+    assert (workdir / "samples/sheet.png").exists()
+    shown = run("fid.py samples/samples.npz digits", workdir)
+    assert "frechet_classifier_60_vs_179" in shown and "read_as_asked_percent" in shown
+    shown = run("fid.py samples/samples.npz samples/samples.npz", workdir)
+    assert shown.splitlines()[-1].split() == ["frechet_pixels_60_vs_60", "0.000"]
+
+
+@pytest.mark.parametrize("family", ["SiT", "DiT"])
+@pytest.mark.parametrize("fusion", ["none", "separate"])
+def test_all_train_and_sample_unconditionally(workdir, tmp_path, monkeypatch, family, fusion):
+    monkeypatch.chdir(workdir)
+    for module, flags in ((train, f"--model {family}-T/4 --fusion {fusion} --unconditional"
+                                  " --steps 3 --batch_size 8 --sample_steps 3"),
+                          (sample, f"--ckpt {tmp_path}/ckpt.pt --n 3")):
+        module.main(module.parser().parse_args([*flags.split(), "--out", str(tmp_path)]))
+    with np.load(tmp_path / "samples.npz") as file:
+        assert set(file) == ({"arr_0", "y"} if fusion == "none" else {"arr_0", "y", "z"})
+        assert (file["y"] == 0).all()
+    arch = sample.load_checkpoint(f"{tmp_path}/ckpt.pt")["arch"]
+    assert arch["n_classes"] == 0 and arch["r"] == (0 if fusion == "none" else 4)
+
+
+def test_data_and_pca_describe_what_is_there(workdir):
+    assert "1,618 images of 10 classes" in run("data.py", workdir)
+    assert "16 of 64 components" in run("pca.py prepared/digits/pca.npz", workdir)
+    assert run("pca.py nowhere.npz", workdir, ok=False) == "error: no PCA file at nowhere.npz\n"
+
+
+@pytest.mark.parametrize("command, words", [
+    ("sample.py --ckpt nowhere.pt", "no checkpoint at nowhere.pt"),
+    ("sample.py --ckpt truncated.pt", "damaged"),
+    ("train.py --out truncated", "damaged"),
+    ("train.py --seed 5", "contradicts"),
+    ("train.py --model SiT-XL/2 --out new", "python data.py --images"),
+    ("fid.py nowhere.npz digits", "no images at nowhere.npz")])
+def test_a_mistake_is_one_line_and_overwrites_nothing(workdir, command, words):
+    half = (workdir / "out/ckpt.pt").read_bytes()[:100_000]
+    (workdir / "truncated").mkdir(exist_ok=True)
+    for path in (workdir / "truncated.pt", workdir / "truncated/ckpt.pt"):
+        path.write_bytes(half)
+    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+    error = run(command, workdir, ok=False)
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+    assert before == {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+
+
+def test_flags_are_strict():
+    for parser in (module.parser() for module in (train, sample, data, fid, pca)):
+        for wrong in ("--nonsense", "--step"):
+            with pytest.raises(SystemExit):
+                parser.parse_args(["a", "b", wrong, "1"])
+
+
+if __name__ == "__main__":
+    record_peers(*sys.argv[1:])
