@@ -1,6 +1,6 @@
 """The README's and RESULTS.md's tables, each by one command.
 
-    python bench.py digits               # every fusion and process on digits: about an hour on 2 cores
+    python bench.py digits           # every fusion and process on digits: about an hour on 2 cores
 
 Runs go to runs/digits/NAME, rows to runs/digits/rows.jsonl. Killed, it continues; what is there is
 not computed again.
@@ -63,7 +63,8 @@ def digits(args):
         missing = [w_r for w_r in weights if not any(
             (row["out"], row["w_r"], row["n"]) == (out, w_r, args.n) for row in rows)]
         if missing and not os.path.exists(f"{out}/results.json"):
-            subprocess.run([sys.executable, "train.py", *flags, *settings, "--out", out], check=True)
+            command = [sys.executable, "train.py", *flags, *settings, "--out", out]
+            subprocess.run(command, check=True)
         for w_r in missing:
             checkpoint = sample.load_checkpoint(f"{out}/ckpt.pt")
             net, meta = sample.load_ema(checkpoint), checkpoint["meta"]
@@ -80,10 +81,10 @@ def digits(args):
                 file.write(json.dumps(rows[-1]) + "\n")
     wanted = [row for row in rows
               if (row["steps"], row["seed"], row["n"]) == (args.steps, args.seed, args.n)]
-    print(f"{args.steps} steps of {train.DIGITS['batch_size']}, {args.n} samples, seed {args.seed}; "
-          f"{hardware()}, {time.strftime('%Y-%m-%d')}\n")
-    print("| run | w_r | Fréchet, classifier | Fréchet, pixels | read as asked % | training images/s |"
-          "\n|---|---|---|---|---|---|")
+    print(f"{args.steps} steps of {train.DIGITS['batch_size']}, {args.n} samples, seed "
+          f"{args.seed}; {hardware()}, {time.strftime('%Y-%m-%d')}\n\n"
+          "| run | w_r | Fréchet, classifier | Fréchet, pixels | read as asked % | training "
+          "images/s |\n|---|---|---|---|---|---|")
     for row in wanted:
         shown = [row[next(key for key in row if key.startswith(prefix))]
                  for prefix in ("frechet_classifier", "frechet_pixels")]

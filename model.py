@@ -208,8 +208,9 @@ class Attention(nn.Module):
 
     def forward(self, h):
         B, L, C = h.shape
-        q, k, v = self.qkv(h).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(q, k, v)                    # (B, heads, L, C / heads)
+        q, k, v = (part.view(B, L, self.heads, -1).transpose(1, 2)
+                   for part in self.qkv(h).chunk(3, -1))               # (B, heads, L, C / heads)
+        h = F.scaled_dot_product_attention(q, k, v)
         return self.proj(h.transpose(1, 2).reshape(B, L, C))
 
 
@@ -224,8 +225,9 @@ class Mlp(nn.Module):
 
 
 def modulate(h, shift, scale):
-    """Layer norm without affine, then the conditioning's shift and scale (B, C) on every token."""
-    return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    """Layer norm without affine, then the conditioning's shift and scale (B, 1, C) on every token:
+    norm(h) * (1 + scale) + shift."""
+    return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), 1 + scale)
 
 
 class Block(nn.Module):
@@ -237,9 +239,10 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, h, c):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, 1)
-        h = h + gate_a[:, None] * self.attn(modulate(h, shift_a, scale_a))
-        return h + gate_m[:, None] * self.mlp(modulate(h, shift_m, scale_m))
+        six = self.adaLN_modulation(c)[:, None].chunk(6, 2)                        # (B, 1, C) each
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = six
+        h = torch.addcmul(h, gate_a, self.attn(modulate(h, shift_a, scale_a)))     # h + gate * ...
+        return torch.addcmul(h, gate_m, self.mlp(modulate(h, shift_m, scale_m)))
 
 
 class FinalLayer(nn.Module):
@@ -295,8 +298,7 @@ class ReDi(nn.Module):
             h = torch.cat([h, self.z_embedder(z_t) + self.pos_embed], 1)          # (B, 2L, C)
         for block in self.blocks:
             h = block(h, c)
-        shift, scale = self.final_layer.adaLN_modulation(c).chunk(2, 1)
-        h = modulate(h, shift, scale)
+        h = modulate(h, *self.final_layer.adaLN_modulation(c)[:, None].chunk(2, 2))
         h_x, h_z = h.chunk(2, 1) if self.fusion == "separate" else (h, h)         # (B, L, C) each
         pred_x = self.unpatchify(self.final_layer.linear(h_x))                    # (B, -, H, W)
         return pred_x, self.unpatchify(self.final_layer.linear_z(h_z)) if self.r else None

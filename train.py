@@ -29,7 +29,7 @@ DEFAULTS = {"model": "SiT-T/2", "fusion": "merged", "unconditional": False, "lam
             "p_drop_z": 0.2, "p_drop_y": 0.1, "seed": 0}
 PAPER = {"lr": 1e-4, "batch_size": 256, "steps": 400_000, "r": 8, "ema": 0.9999,
          "sample_steps": 250, "log_every": 100, "ckpt_every": 5_000, "preview_every": 25_000}
-DIGITS = {"lr": 3e-3, "batch_size": 128, "steps": 1_500, "r": 4, "ema": 0.995,
+DIGITS = {"lr": 3e-3, "batch_size": 128, "steps": 1_400, "r": 4, "ema": 0.995,
           "sample_steps": 40, "log_every": 25, "ckpt_every": 250, "preview_every": 500}
 # a checkpoint decides these for good; a flag that says otherwise is an error
 FIXED = ("model", "fusion", "unconditional", "data", "r", "lam_z", "p_drop_z", "p_drop_y", "lr",
@@ -258,9 +258,10 @@ def train(settings, checkpoint, out, device, bf16, rank, n_processes):
     while True:
         done, paused = step >= settings["steps"], time.perf_counter()
         if step > first and (done or step % settings["ckpt_every"] == 0):
-            stop_if_not_finite(watched)
             if n_processes > 1:
+                dist.all_reduce(watched[1])                          # NaN for one is NaN for all
                 dist.reduce(sums, 0)                                 # rank 0 has them from here on
+            stop_if_not_finite(watched)
             if rank == 0:
                 save_checkpoint(out, {"arch": arch, "settings": settings, "meta": meta,
                                       "step": step, "sums": sums.cpu(),
@@ -287,7 +288,7 @@ def train(settings, checkpoint, out, device, bf16, rank, n_processes):
         optimizer.zero_grad()
         loss.backward()
         stop_if_not_finite(watched)                                  # the last one: no wait
-        watched = (step, loss.detach(), t, rows)
+        watched = (step, loss.detach().clone(), t, rows)
         optimizer.step()
         update_ema(ema, net, settings["ema"], step)
         sums += tally(loss_x, loss_z, dropped, process.data_time(t), lam_z)
