@@ -1,6 +1,6 @@
-"""The README's and RESULTS.md's tables, each by one command.
+"""The README's tables, each by one command.
 
-    python bench.py digits           # every fusion and process on digits: about an hour on 2 cores
+    python bench.py digits           # every fusion and process on digits
 
 Runs go to runs/digits/NAME, rows to runs/digits/rows.jsonl. Killed, it continues; what is there is
 not computed again.
@@ -18,34 +18,45 @@ import torch
 
 import data
 import fid
+import model
 import sample
 import train
 
-# name: (train.py's flags, the representation guidance weights it is sampled with)
-DIGIT_RUNS = {
-    f"{family}-{'unconditional' if unconditional else 'conditional'}-{fusion}":
-    (["--model", f"{family}-T/2", "--fusion", fusion] + ["--unconditional"] * unconditional,
-     [1.0, 1.5, 2.0] if unconditional and fusion != "none" else [1.0])
-    for unconditional, family in [(True, "SiT"), (False, "SiT"), (False, "DiT")]
-    for fusion in ("none", "merged", "separate")}
-N_DIGITS = 2_000                         # samples behind each row
+N_DIGITS = 1_000                         # samples behind each row
+
+
+def digit_runs():
+    """name -> (train.py's flags, the pairs of solver and w_r that the run is sampled with)."""
+    runs = {}
+    for fusion in model.FUSIONS:
+        weights = (1.0,) if fusion == "none" else (1.0, 1.5, 2.0)
+        runs[f"SiT-unconditional-{fusion}"] = (
+            ["--model", "SiT-T/2", "--fusion", fusion, "--unconditional"],
+            [(solver, w_r) for solver in ("sde", "euler") for w_r in weights])
+    for family, solver in (("SiT", "sde"), ("DiT", "ddpm")):
+        for fusion in model.FUSIONS:
+            runs[f"{family}-conditional-{fusion}"] = (
+                ["--model", f"{family}-T/2", "--fusion", fusion], [(solver, 1.0)])
+    return runs
 
 
 def hardware():
     """One line: the device that torch computes on."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    with open("/proc/cpuinfo") as file:
-        names = {line.split(":")[1].strip() for line in file if line.startswith("model name")}
-    return f"{torch.get_num_threads()} threads of {', '.join(names) or platform.machine()}"
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            name = next((line.split(":")[1].strip() for line in file if "model name" in line), name)
+    return f"{torch.get_num_threads()} threads of {name}"
 
 
 def rows_of(path):
-    """The rows of a .jsonl file that exists, or none."""
+    """The rows of a .jsonl file, none if it does not exist; a torn last line does not count."""
     if not os.path.exists(path):
         return []
     with open(path) as file:
-        return [json.loads(line) for line in file]
+        return [json.loads(line) for line in file if line.endswith("\n")]
 
 
 def images_per_s(out):
@@ -54,43 +65,47 @@ def images_per_s(out):
 
 
 def digits(args):
-    """Train and judge every run of DIGIT_RUNS, then print the table."""
+    """Train and judge every run of digit_runs(), then print the table."""
     os.makedirs(args.out, exist_ok=True)
     rows_path, rows = f"{args.out}/rows.jsonl", rows_of(f"{args.out}/rows.jsonl")
     settings = [f"--{name}={value}" for name, value in (("steps", args.steps), ("seed", args.seed))]
-    for name, (flags, weights) in DIGIT_RUNS.items():
+    for name, (flags, samplings) in digit_runs().items():
+        if args.only and name not in args.only:
+            continue
         out = f"{args.out}/{name}-{args.steps}-{args.seed}"
-        missing = [w_r for w_r in weights if not any(
-            (row["out"], row["w_r"], row["n"]) == (out, w_r, args.n) for row in rows)]
+        there = [(row["out"], row["n"], row["solver"], row["w_r"]) for row in rows]
+        missing = [sampling for sampling in samplings if (out, args.n, *sampling) not in there]
         if missing and not os.path.exists(f"{out}/results.json"):
-            command = [sys.executable, "train.py", *flags, *settings, "--out", out]
+            script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+            command = [sys.executable, script, *flags, *settings, "--out", out]
             subprocess.run(command, check=True)
-        for w_r in missing:
+        for solver, w_r in missing:
             checkpoint = sample.load_checkpoint(f"{out}/ckpt.pt")
             net, meta = sample.load_ema(checkpoint), checkpoint["meta"]
             y = sample.choose_labels("balanced" if net.n_classes else "random", args.n,
                                      net.n_classes, 0)
-            x, _ = sample.generate(net, y, checkpoint["settings"]["sample_steps"], batch_size=125,
-                                   progress=True, w_r=w_r)
+            x, _ = sample.generate(net, y, checkpoint["settings"]["sample_steps"], solver,
+                                   batch_size=125, progress=True, w_r=w_r)
             metrics = fid.judge_digits(data.decode(x, meta["codec"]),
                                        y.numpy() if net.n_classes else None)
-            rows.append({"out": out, "run": name, "w_r": w_r, "n": args.n, "steps": args.steps,
-                         "seed": args.seed, "images_per_s": images_per_s(out), **metrics,
-                         "hardware": hardware(), "date": time.strftime("%Y-%m-%d")})
+            rows.append({"out": out, "run": name, "solver": solver, "w_r": w_r, "n": args.n,
+                         "steps": args.steps, "seed": args.seed, **metrics,
+                         "images_per_s": images_per_s(out), "hardware": hardware(),
+                         "date": time.strftime("%Y-%m-%d")})
             with open(rows_path, "a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
     wanted = [row for row in rows
               if (row["steps"], row["seed"], row["n"]) == (args.steps, args.seed, args.n)]
     print(f"{args.steps} steps of {train.DIGITS['batch_size']}, {args.n} samples, seed "
           f"{args.seed}; {hardware()}, {time.strftime('%Y-%m-%d')}\n\n"
-          "| run | w_r | Fréchet, classifier | Fréchet, pixels | read as asked % | training "
-          "images/s |\n|---|---|---|---|---|---|")
+          "| run | solver | w_r | Fréchet, classifier | Fréchet, pixels | read as asked % | "
+          "training images/s |\n|---|---|---|---|---|---|---|")
     for row in wanted:
         shown = [row[next(key for key in row if key.startswith(prefix))]
                  for prefix in ("frechet_classifier", "frechet_pixels")]
         read = f"{row['read_as_asked_percent']:.1f}" if "read_as_asked_percent" in row else ""
-        print(f"| {row['run']} | {row['w_r']:g} | {shown[0]:.2f} | {shown[1]:.2f} | {read} | "
-              f"{row['images_per_s']:.0f} |")
+        print(f"| {row['run']} | {row['solver']} | {row['w_r']:g} | {shown[0]:.2f} | "
+              f"{shown[1]:.2f} | {read} | {row['images_per_s']:.0f} |")
 
 
 def main(args):
@@ -107,6 +122,8 @@ def parser():
                    help="training steps of each run (default: %(default)s)")
     q.add_argument("--n", type=int, default=N_DIGITS, help="samples a row (default: %(default)s)")
     q.add_argument("--seed", type=int, default=0, help="of training (default: %(default)s)")
+    q.add_argument("--only", nargs="+", choices=list(digit_runs()), metavar="RUN",
+                   help=f"just these (default: all): {' '.join(digit_runs())}")
     q.add_argument("--out", default="runs/digits", metavar="DIR",
                    help="runs and rows (default: %(default)s)")
     return p

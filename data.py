@@ -33,11 +33,27 @@ class UserError(ValueError):
 
 
 def run_cli(main, args):
-    """main(args); a UserError ends the script with its line and exit code 1, and no traceback."""
+    """main(args); mistakes, trouble with files (a full disk) and Ctrl-C end the script with one
+    line and an exit code, without a traceback."""
     try:
         main(args)
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+def pick_device(name=None):
+    """The torch device of that name; None: this process's GPU if there is one, else the CPU.
+    UserError if it cannot be used."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))    # torchrun's
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def generator(seed, purpose, index=0):
@@ -106,7 +122,7 @@ def train_digit_encoder(x, y, epochs=20, batch_size=64, seed=0):
 
 def prepare_digits(out=PREPARED["digits"], r_keep=16):
     """Write the training digits as a prepared folder, unless it is there. Takes ten seconds."""
-    if os.path.exists(out):
+    if os.path.exists(f"{out}/meta.json"):
         return
     print(f"preparing {out}: training the digits' encoder, once", flush=True)
     x, y, held_out = digits()
@@ -132,24 +148,25 @@ def write_prepared(out, arrays, fitted, meta):
     parent = os.path.dirname(out) or "."
     os.makedirs(parent, exist_ok=True)
     part = tempfile.mkdtemp(prefix=os.path.basename(out) + ".", suffix=".part", dir=parent)
-    os.chmod(part, 0o755)                             # mkdtemp's are for the owner alone
-    for name, array in arrays.items():
-        np.save(f"{part}/{name}.npy", array)
-    fitted.save(f"{part}/pca.npz")
-    x, z = arrays["x"], arrays["z"].astype(np.float32)
-    meta = meta | {
-        "format": FORMAT, "n": len(x), "x_channels": x.shape[1], "x_size": x.shape[2],
-        "r_keep": z.shape[1], "z_size": z.shape[2], "z_std": fitted.z_std.tolist(),
-        "z_rms": np.sqrt((z ** 2).mean((0, 2, 3))).tolist(), "pca_scale": fitted.scale,
-        "encoder": fitted.encoder, "sha256": {a: file_hash(f"{part}/{a}.npy") for a in arrays}}
-    with open(f"{part}/meta.json", "w") as file:
-        json.dump(meta, file, indent=1)
     try:
+        os.chmod(part, 0o755)                         # mkdtemp's are for the owner alone
+        for name, array in arrays.items():
+            np.save(f"{part}/{name}.npy", array)
+        fitted.save(f"{part}/pca.npz")
+        x, z = arrays["x"], arrays["z"].astype(np.float32)
+        meta = meta | {
+            "format": FORMAT, "n": len(x), "x_channels": x.shape[1], "x_size": x.shape[2],
+            "r_keep": z.shape[1], "z_size": z.shape[2], "z_std": fitted.z_std.tolist(),
+            "z_rms": np.sqrt((z ** 2).mean((0, 2, 3))).tolist(), "pca_scale": fitted.scale,
+            "encoder": fitted.encoder, "sha256": {a: file_hash(f"{part}/{a}.npy") for a in arrays}}
+        with open(f"{part}/meta.json", "w") as file:
+            json.dump(meta, file, indent=1)
         os.rename(part, out)
     except OSError:
-        if not os.path.exists(f"{out}/meta.json"):
+        if not os.path.exists(f"{out}/meta.json"):    # else another process was first
             raise
-        shutil.rmtree(part)                           # another process was first, with the same
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def file_hash(path):
@@ -171,15 +188,16 @@ class Prepared:
         try:
             with open(f"{folder}/meta.json") as file:
                 self.meta = m = json.load(file)
+            if m["format"] != FORMAT:
+                raise ValueError(f"format {m['format']}, this code reads {FORMAT}")
+            if not {"classes", "codec", "image_size", "z_std"} <= set(m):
+                raise ValueError("meta.json is not whole")
             x, z, y = (np.load(f"{folder}/{name}.npy", mmap_mode="r") for name in "xzy")
             shapes = [("x", x, (m["n"], m["x_channels"], m["x_size"], m["x_size"])),
                       ("z", z, (m["n"], m["r_keep"], m["z_size"], m["z_size"])),
                       ("y", y, (m["n"],))]
-            found = m["format"]
-        except (KeyError, ValueError, EOFError, OSError) as error:   # cut short, or not JSON
-            raise UserError(f"{folder} is damaged ({error}); {again}") from None
-        if found != FORMAT:
-            raise UserError(f"{folder} has format {found}, this code reads {FORMAT}; {again}")
+        except (KeyError, ValueError, TypeError, EOFError, OSError) as error:
+            raise UserError(f"{folder} is damaged or another thing ({error}); {again}") from None
         for name, array, shape in shapes:
             if array.shape != shape:
                 raise UserError(f"{folder}/{name}.npy is {array.shape}, but meta.json says {shape}"

@@ -102,11 +102,13 @@ def load_images(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             images, y = file["arr_0"], file["y"] if "y" in file else None
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise data.UserError(f"{path} holds no images ({error}); sample.py writes one") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) < 2:
         raise data.UserError(f"{path}: arr_0 must be uint8 (n >= 2, H, W, 3), "
                              f"got {images.dtype} {images.shape}")
+    if y is not None and y.shape != images.shape[:1]:
+        raise data.UserError(f"{path}: y must have a class for each image, got {y.shape}")
     return images, y
 
 

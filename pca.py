@@ -96,7 +96,7 @@ def load(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             values = {field.name: file[field.name] for field in dataclasses.fields(PCA)}
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a PCA file of ours ({error})") from None
     return PCA(**{name: value if value.ndim else value.item() for name, value in values.items()})
 

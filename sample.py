@@ -7,8 +7,8 @@ Writes DIR/sheet.png (images above their generated feature maps) and DIR/samples
 (N, H, W, 3) as in ADM's files, y (N,), z (N, r, h, w). Image i depends on (seed, i) alone.
 """
 import argparse
+import math
 import os
-import pickle
 import zipfile
 
 import numpy as np
@@ -110,7 +110,8 @@ def check_solver(name, solver, steps, flag="--steps"):
     least = 1 if solver == "euler" else 2
     most = model.DDPM.n_timesteps if solver == "ddpm" else float("inf")
     if not least <= steps <= most:
-        raise data.UserError(f"{flag} {steps}: the solver {solver} takes from {least} to {most}")
+        limit = f"{least} to {most}" if solver == "ddpm" else f"at least {least}"
+        raise data.UserError(f"{flag} {steps}: the solver {solver} takes {limit}")
 
 
 def image_noise(net, seed, indices, device):
@@ -205,13 +206,16 @@ def load_checkpoint(path):
         if damaged:
             raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise data.UserError(f"{path} is damaged or no checkpoint ({reason}); the one before it is "
-                             f"ckpt_prev.pt in the same folder") from None
-    lacks = {"arch", "settings", "meta", "step", "net", "ema"} - set(checkpoint)
-    if lacks:
-        raise data.UserError(f"{path} is no checkpoint of train.py, it lacks {', '.join(lacks)}")
+        lacks = {"arch", "settings", "meta", "step", "net", "ema", "optimizer", "sums"}
+        lacks -= set(checkpoint)
+        if lacks:
+            raise KeyError(f"no {', '.join(sorted(lacks))}")
+    except Exception as error:                                            # damage raises anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        before = os.path.join(os.path.dirname(path), "ckpt_prev.pt")
+        advice = f"the one before it is {before}" if os.path.exists(before) else "train again"
+        raise data.UserError(f"{path} is damaged or no checkpoint of train.py ({reason}); "
+                             + advice) from None
     return checkpoint
 
 
@@ -243,16 +247,23 @@ def main(args):
         value = getattr(args, name)
         if value is not None and value < least:
             raise data.UserError(f"--{name} {value} must be at least {least}")
+    for name in ("w_cfg", "w_r"):
+        if not math.isfinite(getattr(args, name)):
+            raise data.UserError(f"--{name} {getattr(args, name)} must be a finite number")
+    device = data.pick_device(args.device)
     checkpoint = load_checkpoint(args.ckpt)
     arch, meta = checkpoint["arch"], checkpoint["meta"]
     steps = checkpoint["settings"]["sample_steps"] if args.steps is None else args.steps
     check_solver(arch["name"], args.solver, steps)
     check_guidance(checkpoint, args)
     y = choose_labels(args.labels, args.n, arch["n_classes"], args.seed)
-    x, z = generate(load_ema(checkpoint, args.device), y, steps, args.solver, args.seed,
-                    args.batch_size or min(args.n, 64), args.device, progress=True,
-                    w_cfg=args.w_cfg, w_r=args.w_r, cfg_on=args.cfg_on, rg_on=args.rg_on)
     os.makedirs(args.out, exist_ok=True)
+    x, z = generate(load_ema(checkpoint, device), y, steps, args.solver, args.seed,
+                    args.batch_size or min(args.n, 64), device, progress=True,
+                    w_cfg=args.w_cfg, w_r=args.w_r, cfg_on=args.cfg_on, rg_on=args.rg_on)
+    if not x.isfinite().all():
+        raise data.UserError("the samples hold NaN or infinity; lower --w_cfg and --w_r, or use an "
+                             "earlier checkpoint")
     arrays = {"arr_0": data.decode(x, meta["codec"]), "y": y.numpy()}
     if z is not None:
         arrays["z"] = z.numpy()
@@ -290,7 +301,7 @@ def parser():
     flag("w_r", 1.0, "weight of representation guidance, 1 is off")
     flag("cfg_on", "x", "what w_cfg guides: x, or x and z", choices=["x", "both"])
     flag("rg_on", "x", "what w_r guides: x, or x and z", choices=["x", "both"])
-    flag("device", "cuda" if torch.cuda.is_available() else "cpu", "torch device")
+    p.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     return p
 
 

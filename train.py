@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import copy
 import json
+import math
 import os
 import time
 
@@ -75,9 +76,9 @@ def check(settings, n_processes):
         need(name, lambda value: value >= 1, "at least 1")
     for name in ("p_drop_z", "p_drop_y", "ema"):
         need(name, lambda value: 0 <= value <= 1, "between 0 and 1")
-    for name in ("lam_z", "seed"):
-        need(name, lambda value: value >= 0, "0 or more")
-    need("lr", lambda lr: lr > 0, "above 0")
+    need("lam_z", lambda value: 0 <= value < math.inf, "0 or more")
+    need("seed", lambda seed: 0 <= seed < 2 ** 63, "between 0 and 2^63")
+    need("lr", lambda lr: 0 < lr < math.inf, "above 0")
     if settings["fusion"] != "none":
         need("r", lambda r: r >= 1, "at least 1; for no features, use --fusion none")
     need("batch_size", lambda n: n % n_processes == 0,
@@ -110,6 +111,18 @@ def joint_loss(net, process, x, z, y, t, eps_x, eps_z, dropped):
     if z is None:
         return loss_x, torch.zeros_like(loss_x)
     return loss_x, process.loss(pred_z.float(), z, eps_z, t).masked_fill(dropped, 0)
+
+
+def batch_loss(net, parallel, x, z, y, draws, settings):
+    """The loss to minimise for a batch and its draws (draw()'s), and what tally() wants of it.
+    parallel: net, or what wraps it for several processes."""
+    u, eps_x, eps_z, u_y, u_z = draws
+    t = net.process.draw_t(u)
+    y = torch.where((u_y < settings["p_drop_y"]) | (net.n_classes == 0), net.n_classes, y)
+    dropped = u_z < settings["p_drop_z"]
+    loss_x, loss_z = joint_loss(parallel, net.process, x, z, y, t, eps_x, eps_z, dropped)
+    loss = (loss_x + settings["lam_z"] * loss_z).mean()              # z: sum over kept / all of B
+    return loss, t, tally(loss_x, loss_z, dropped, net.process.data_time(t), settings["lam_z"])
 
 
 @torch.no_grad()
@@ -150,7 +163,7 @@ def truncate_log(path, step):
     with open(path) as file:
         for line in file:
             with contextlib.suppress(json.JSONDecodeError):
-                if json.loads(line)["step"] <= step:
+                if json.loads(line)["step"] <= step and line.endswith("\n"):
                     kept.append(line)
     write_whole(path, lambda file: file.write("".join(kept).encode()))
 
@@ -173,9 +186,10 @@ def save_checkpoint(out, checkpoint):
     os.replace(new, path)
 
 
-def generate(ema, n, settings, meta, batch_size, device, progress=False):
-    """n samples from the EMA, its classes in turn, from the same noise at every call: x, z, y."""
-    y = sample.choose_labels("balanced" if ema.n_classes else "random", n, ema.n_classes, 0)
+def generate(ema, n, settings, batch_size, device, progress=False):
+    """n samples from the EMA, its first ten classes in turn, from the same noise at every call:
+    x, z, y."""
+    y = torch.arange(n) % (min(ema.n_classes, 10) or 1)
     x, z = sample.generate(ema, y, settings["sample_steps"], batch_size=batch_size, device=device,
                            progress=progress)
     return x, z, y
@@ -184,15 +198,16 @@ def generate(ema, n, settings, meta, batch_size, device, progress=False):
 def preview(ema, settings, meta, device, path, rows=4):
     """Save a sheet of samples from the EMA; up to ten classes, one a column."""
     columns = min(ema.n_classes, 10) or 10
-    x, z, _ = generate(ema, columns * rows, settings, meta, columns * rows // 2, device)
-    sample.sheet(x, z, meta, columns=columns).save(path)
+    x, z, _ = generate(ema, columns * rows, settings, columns * rows // 2, device)
+    picture = sample.sheet(x, z, meta, columns=columns)
+    write_whole(path, lambda file: picture.save(file, "PNG"))
 
 
 def finish(ema, settings, meta, out, device):
     """The closing sheet and, for digits, the numbers of results.json."""
     if settings["data"] == "digits":
         import fid                       # brings scikit-learn and SciPy: not before they are used
-        x, _, y = generate(ema, N_JUDGED, settings, meta, 125, device, progress=True)
+        x, _, y = generate(ema, N_JUDGED, settings, 125, device, progress=True)
         images = data.decode(x, meta["codec"])
         metrics = fid.judge_digits(images, y.numpy() if ema.n_classes else None)
         results = {"step": settings["steps"], "n_images": N_JUDGED} | metrics
@@ -211,20 +226,20 @@ def stop_if_not_finite(watched):
     if not torch.isfinite(loss):
         raise data.UserError(
             f"the loss is {loss.item()} at step {step} (t from {t.min().item():.4g} to "
-            f"{t.max().item():.4g}, rows {rows[:4].tolist()} and on); the last checkpoint is from "
-            "before it. Lower --lr, or look at those images")
+            f"{t.max().item():.4g}, rows {rows[:4].tolist()} and on); nothing was saved since. "
+            "Lower --lr, or look at those images")
 
 
 def train(settings, checkpoint, out, device, bf16, rank, n_processes):
     """From the checkpoint (or None) to settings["steps"]; returns the EMA and the data's meta."""
     source = data.open_data(settings["data"], settings["r"])
-    meta, batch_size, lam_z = source.meta, settings["batch_size"], settings["lam_z"]
+    meta, batch_size = source.meta, settings["batch_size"]
     arch = {"name": settings["model"], "fusion": settings["fusion"], "r": settings["r"],
             "n_classes": 0 if settings["unconditional"] else len(meta["classes"]),
             "x_channels": meta["x_channels"], "x_size": meta["x_size"]}
-    if checkpoint and checkpoint["arch"] != arch:
-        raise data.UserError(f"{settings['data']} needs {arch}, but {out}/ckpt.pt is "
-                             f"{checkpoint['arch']}; choose another --out, or --restart")
+    if checkpoint and (checkpoint["arch"] != arch or checkpoint["meta"] != meta):
+        raise data.UserError(f"{settings['data']} is not the data that {out} was trained on, its "
+                             "meta.json differs; choose another --out, or --restart")
     torch.manual_seed(settings["seed"])                              # for the initial weights alone
     try:
         net = model.build(**arch).to(device)
@@ -241,14 +256,14 @@ def train(settings, checkpoint, out, device, bf16, rank, n_processes):
         step = checkpoint["step"]
         if rank == 0:
             sums += checkpoint["sums"].to(device)
-    process = net.process
     parallel = DistributedDataParallel(net) if n_processes > 1 else net
     mine = slice(rank * batch_size // n_processes, (rank + 1) * batch_size // n_processes)
     if rank == 0:
         n_params = sum(p.numel() for p in net.parameters())
         print(f"{settings['model']} {settings['fusion']}, {n_params:,} parameters, on {source.n:,} "
-              f"images: steps {step} to {settings['steps']}, {n_processes} process(es) on "
-              f"{device.type}, writing {out}\nsettings: {json.dumps(settings)}", flush=True)
+              f"images: steps {step} to {settings['steps']}, {n_processes} process(es) on {device}"
+              f"{' in bfloat16' * bf16}, writing {out}\nsettings: {json.dumps(settings)}",
+              flush=True)
         truncate_log(f"{out}/log.jsonl", step)
 
     first, watched = step, None
@@ -277,25 +292,22 @@ def train(settings, checkpoint, out, device, bf16, rank, n_processes):
 
         rows = data.rows_of_step(settings["seed"], step, batch_size, source.n)[mine]
         x, z, y = source.batch(rows, device)
-        u, eps_x, eps_z, u_y, u_z = (None if part is None else part[mine].to(device)
-                                     for part in draw(settings["seed"], step, batch_size, net))
-        t = process.draw_t(u)
-        dropped = u_z < settings["p_drop_z"]
-        y = torch.where((u_y < settings["p_drop_y"]) | (net.n_classes == 0), net.n_classes, y)
+        draws = [None if part is None else part[mine].to(device)
+                 for part in draw(settings["seed"], step, batch_size, net)]
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss_x, loss_z = joint_loss(parallel, process, x, z, y, t, eps_x, eps_z, dropped)
-        loss = (loss_x + lam_z * loss_z).mean()                      # z: sum over kept / all of B
+            loss, t, counts = batch_loss(net, parallel, x, z, y, draws, settings)
         optimizer.zero_grad()
         loss.backward()
-        stop_if_not_finite(watched)                                  # the last one: no wait
+        stop_if_not_finite(watched)                                  # of the step before
         watched = (step, loss.detach().clone(), t, rows)
         optimizer.step()
         update_ema(ema, net, settings["ema"], step)
-        sums += tally(loss_x, loss_z, dropped, process.data_time(t), lam_z)
+        sums += counts
         step += 1
         bar.update()
 
-        if step % settings["log_every"] == 0:
+        if step % min(settings["log_every"], settings["steps"]) == 0:
+            stop_if_not_finite(watched)
             if n_processes > 1:
                 dist.reduce(sums, 0)
             if rank == 0:
@@ -315,18 +327,21 @@ def main(args):
     given = {name: value for name, value in vars(args).items()
              if value is not None and name not in ours}
     rank, n_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    path, sheet = f"{args.out}/ckpt.pt", f"{args.out}/sheet.png"
-    resumed = not args.restart and os.path.exists(path)
-    checkpoint = sample.load_checkpoint(path) if resumed else None
+    checkpoint, sheet = None, f"{args.out}/sheet.png"
+    # a run killed while it saved may have left the checkpoint before alone
+    saved = [path for path in (f"{args.out}/ckpt.pt", f"{args.out}/ckpt_prev.pt")
+             if os.path.exists(path) and not args.restart]
+    if saved:
+        checkpoint = sample.load_checkpoint(saved[0])
     settings = resolve(given, checkpoint)
     check(settings, n_processes)
-    if resumed and checkpoint["step"] >= settings["steps"] and os.path.exists(sheet) \
-            and os.path.getmtime(sheet) > os.path.getmtime(path):
-        raise data.UserError(f"{args.out} is done, with {checkpoint['step']} steps: raise --steps, "
-                             "or --restart")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if checkpoint:
+        finished = os.path.exists(sheet) and os.path.getmtime(sheet) > os.path.getmtime(saved[0])
+        if checkpoint["step"] >= settings["steps"] + (not finished):
+            raise data.UserError(f"{args.out} is done, with {checkpoint['step']} steps: raise "
+                                 "--steps, or --restart")
+    device = data.pick_device(args.device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
     if n_processes > 1:
@@ -334,6 +349,9 @@ def main(args):
     if rank == 0:
         data.open_data(settings["data"], settings["r"])              # made by one, if need be
         os.makedirs(args.out, exist_ok=True)
+        for name in ("ckpt.pt", "ckpt_prev.pt", "log.jsonl"):        # --restart keeps the old ones
+            if args.restart and os.path.exists(f"{args.out}/{name}"):
+                os.replace(f"{args.out}/{name}", f"{args.out}/{name}.old")
     if n_processes > 1:
         dist.barrier()
     ema, meta = train(settings, checkpoint, args.out, device, bf16, rank, n_processes)
@@ -376,7 +394,7 @@ def parser():
     setting("preview_every", "steps between preview sheets", int)
     p.add_argument("--out", default="out", metavar="DIR", help="output folder (default: out)")
     p.add_argument("--restart", action="store_true",
-                   help="start over, also where DIR holds a checkpoint")
+                   help="start over where DIR holds a checkpoint, which becomes ckpt.pt.old")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction,
                    help="bfloat16 autocast, weights and losses in float32 (default: on GPUs)")
     p.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
