@@ -268,57 +268,56 @@ def train(settings, checkpoint, out, device, bf16, rank, n_processes):
 
     first, watched = step, None
     clock, logged = time.perf_counter(), step                        # when and where the log stands
-    bar = tqdm(total=settings["steps"], initial=step, unit="step", disable=rank > 0,
-               mininterval=1)
-    while True:
-        done, paused = step >= settings["steps"], time.perf_counter()
-        if step > first and (done or step % settings["ckpt_every"] == 0):
-            if n_processes > 1:
-                dist.all_reduce(watched[1])                          # NaN for one is NaN for all
-                dist.reduce(sums, 0)                                 # rank 0 has them from here on
-            stop_if_not_finite(watched)
-            if rank == 0:
-                save_checkpoint(out, {"arch": arch, "settings": settings, "meta": meta,
-                                      "step": step, "sums": sums.cpu(),
-                                      "net": net.state_dict(), "ema": ema.state_dict(),
-                                      "optimizer": optimizer.state_dict()})
-            else:
+    with tqdm(total=settings["steps"], initial=step, unit="step", disable=rank > 0,
+              mininterval=1) as bar:
+        while True:
+            done, paused = step >= settings["steps"], time.perf_counter()
+            if step > first and (done or step % settings["ckpt_every"] == 0):
+                if n_processes > 1:
+                    dist.all_reduce(watched[1])                      # NaN for one is NaN for all
+                    dist.reduce(sums, 0)                             # rank 0 has them from here on
+                stop_if_not_finite(watched)
+                if rank == 0:
+                    save_checkpoint(out, {"arch": arch, "settings": settings, "meta": meta,
+                                          "step": step, "sums": sums.cpu(),
+                                          "net": net.state_dict(), "ema": ema.state_dict(),
+                                          "optimizer": optimizer.state_dict()})
+                else:
+                    sums.zero_()
+            if done:
+                break
+            if rank == 0 and step > first and step % settings["preview_every"] == 0:
+                preview(ema, settings, meta, device, f"{out}/sheet_{step:07d}.png")
+            clock += time.perf_counter() - paused
+
+            rows = data.rows_of_step(settings["seed"], step, batch_size, source.n)[mine]
+            x, z, y = source.batch(rows, device)
+            draws = [None if part is None else part[mine].to(device)
+                     for part in draw(settings["seed"], step, batch_size, net)]
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss, t, counts = batch_loss(net, parallel, x, z, y, draws, settings)
+            optimizer.zero_grad()
+            loss.backward()
+            stop_if_not_finite(watched)                                  # of the step before
+            watched = (step, loss.detach().clone(), t, rows)
+            optimizer.step()
+            update_ema(ema, net, settings["ema"], step)
+            sums += counts
+            step += 1
+            bar.update()
+
+            if step % min(settings["log_every"], settings["steps"]) == 0:
+                stop_if_not_finite(watched)
+                if n_processes > 1:
+                    dist.reduce(sums, 0)
+                if rank == 0:
+                    rate = (step - logged) * batch_size / (time.perf_counter() - clock)
+                    entry = log_entry(step, sums, rate, settings["fusion"])
+                    with open(f"{out}/log.jsonl", "a") as file:
+                        file.write(json.dumps(entry) + "\n")
+                    bar.set_postfix_str(f"loss {entry['loss']:.4f}")
                 sums.zero_()
-        if done:
-            break
-        if rank == 0 and step > first and step % settings["preview_every"] == 0:
-            preview(ema, settings, meta, device, f"{out}/sheet_{step:07d}.png")
-        clock += time.perf_counter() - paused
-
-        rows = data.rows_of_step(settings["seed"], step, batch_size, source.n)[mine]
-        x, z, y = source.batch(rows, device)
-        draws = [None if part is None else part[mine].to(device)
-                 for part in draw(settings["seed"], step, batch_size, net)]
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss, t, counts = batch_loss(net, parallel, x, z, y, draws, settings)
-        optimizer.zero_grad()
-        loss.backward()
-        stop_if_not_finite(watched)                                  # of the step before
-        watched = (step, loss.detach().clone(), t, rows)
-        optimizer.step()
-        update_ema(ema, net, settings["ema"], step)
-        sums += counts
-        step += 1
-        bar.update()
-
-        if step % min(settings["log_every"], settings["steps"]) == 0:
-            stop_if_not_finite(watched)
-            if n_processes > 1:
-                dist.reduce(sums, 0)
-            if rank == 0:
-                rate = (step - logged) * batch_size / (time.perf_counter() - clock)
-                entry = log_entry(step, sums, rate, settings["fusion"])
-                with open(f"{out}/log.jsonl", "a") as file:
-                    file.write(json.dumps(entry) + "\n")
-                bar.set_postfix_str(f"loss {entry['loss']:.4f}")
-            sums.zero_()
-            clock, logged = time.perf_counter(), step
-    bar.close()
+                clock, logged = time.perf_counter(), step
     return ema, meta
 
 
