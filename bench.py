@@ -86,7 +86,7 @@ def digits(args):
                                      net.n_classes, 0)
             x, _ = sample.generate(net, y, checkpoint["settings"]["sample_steps"], solver,
                                    batch_size=125, progress=True, w_r=w_r)
-            metrics = fid.judge_digits(data.decode(x, meta["codec"]),
+            metrics = fid.judge_digits(data.to_images(x),
                                        y.numpy() if net.n_classes else None)
             rows.append({"out": out, "run": name, "solver": solver, "w_r": w_r, "n": args.n,
                          "steps": args.steps, "seed": args.seed, **metrics,

@@ -57,7 +57,7 @@ def grey_pixels(images):
 def held_out_digits():
     """The digits nobody trained on, as uint8 like samples: images (n, 8, 8, 3), classes (n,)."""
     x, y, held_out = data.digits()
-    return data.decode(x[held_out], None), y[held_out].numpy()
+    return data.to_images(x[held_out]), y[held_out].numpy()
 
 
 @functools.lru_cache(maxsize=1)
@@ -67,7 +67,7 @@ def digit_judges():
     from sklearn.neural_network import MLPClassifier
     from sklearn.svm import SVC
     x, y, held_out = data.digits()
-    features, y = grey_pixels(data.decode(x[~held_out], None)), y[~held_out].numpy()
+    features, y = grey_pixels(data.to_images(x[~held_out])), y[~held_out].numpy()
     reader = SVC(C=10, gamma=1 / 64).fit(features, y)
     mlp = MLPClassifier((64,), alpha=1e-3, max_iter=300, random_state=0).fit(features, y)
     return reader, mlp

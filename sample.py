@@ -13,11 +13,11 @@ import zipfile
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import data
 import model
+import pca
 
 
 def guided(net, y, w_cfg=1.0, w_r=1.0, cfg_on="x", rg_on="x"):
@@ -172,27 +172,14 @@ def generate(net, y, steps, solver=None, seed=0, batch_size=64, device="cpu", pr
     return x, z[0] if z else None
 
 
-def colours(z, z_std):
-    """z (n, r, h, w) -> uint8 (n, h, w, 3): the first three components as red, green and blue, from
-    -2 to 2 of their standard deviations in the data, so that a colour means the same everywhere."""
-    rgb = torch.zeros(len(z), 3, *z.shape[2:])
-    rgb[:, :z.shape[1]] = z[:, :3] / (2 * torch.tensor(z_std[:min(3, z.shape[1])]).view(-1, 1, 1))
-    return data.to_uint8(rgb).permute(0, 2, 3, 1).numpy()
-
-
-def sheet(x, z, meta, columns=10, least=48, gap=2):
+def sheet(x, z, meta, columns=10, least=48, device="cpu"):
     """A PIL image of samples x, z (or None) of the data that meta describes: rows of `columns`
     images, each row above its features. Tiles are at least `least` pixels wide."""
-    kinds = [data.decode(x, meta["codec"])] + ([] if z is None else [colours(z, meta["z_std"])])
+    kinds = [data.decode(x, meta, device)]
+    if z is not None:
+        kinds.append(pca.colours(z.numpy(), meta["z_std"]))
     tile = meta["image_size"] * max(1, -(-least // meta["image_size"]))
-    columns, step = min(columns, len(x)), tile + gap
-    row = len(kinds) * step + 2 * gap
-    canvas = Image.new("RGB", (columns * step + gap, -(-len(x) // columns) * row - gap), "white")
-    for k, kind in enumerate(kinds):
-        for i, picture in enumerate(kind):
-            picture = Image.fromarray(picture).resize((tile, tile), Image.Resampling.NEAREST)
-            canvas.paste(picture, (gap + i % columns * step, gap + i // columns * row + k * step))
-    return canvas
+    return data.contact_sheet(kinds, columns, tile)
 
 
 def load_checkpoint(path):
@@ -256,6 +243,12 @@ def main(args):
     steps = checkpoint["settings"]["sample_steps"] if args.steps is None else args.steps
     check_solver(arch["name"], args.solver, steps)
     check_guidance(checkpoint, args)
+    if args.vae:
+        meta |= {"codec": args.vae, "codec_weights": None}
+    codec = data.codec_of(meta, device)
+    if codec and codec.channels != arch["x_channels"]:
+        raise data.UserError(f"--vae {args.vae} has {codec.channels} channels, the model "
+                             f"{arch['x_channels']}; take the codec that made its data")
     y = choose_labels(args.labels, args.n, arch["n_classes"], args.seed)
     os.makedirs(args.out, exist_ok=True)
     x, z = generate(load_ema(checkpoint, device), y, steps, args.solver, args.seed,
@@ -264,14 +257,14 @@ def main(args):
     if not x.isfinite().all():
         raise data.UserError("the samples hold NaN or infinity; lower --w_cfg and --w_r, or use an "
                              "earlier checkpoint")
-    arrays = {"arr_0": data.decode(x, meta["codec"]), "y": y.numpy()}
+    arrays = {"arr_0": data.decode(x, meta, device), "y": y.numpy()}
     if z is not None:
         arrays["z"] = z.numpy()
     with open(f"{args.out}/samples.npz.part", "wb") as file:
         np.savez(file, **arrays)
     os.replace(f"{args.out}/samples.npz.part", f"{args.out}/samples.npz")
     shown = slice(args.n_sheet)
-    sheet(x[shown], z if z is None else z[shown], meta).save(f"{args.out}/sheet.png")
+    sheet(x[shown], z if z is None else z[shown], meta, device=device).save(f"{args.out}/sheet.png")
     print(f"{args.n} images of {args.ckpt} ({arch['name']}, step {checkpoint['step']}): "
           f"{args.out}/sheet.png and {args.out}/samples.npz")
 
@@ -297,6 +290,8 @@ def parser():
                    help="for SiT sde (Euler-Maruyama, the default) or euler (ODE); for DiT ddpm")
     p.add_argument("--steps", type=int, help="network calls per image (default: the training run's "
                                              "--sample_steps: 250, for digits 40)")
+    p.add_argument("--vae", help="codec that decodes, hub name or local folder (default: the one that "
+                                 "made the training data)")
     flag("w_cfg", 1.0, "weight of classifier-free guidance, 1 is off")
     flag("w_r", 1.0, "weight of representation guidance, 1 is off")
     flag("cfg_on", "x", "what w_cfg guides: x, or x and z", choices=["x", "both"])

@@ -3,12 +3,19 @@
     pytest                                   # CPU, no network
     python test_redi.py ReDi DiT             # records the peers' numbers anew, from their clones
 """
+import hashlib
 import importlib.util
 import json
 import os
 import pathlib
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+import traceback
+import tracemalloc
 import zlib
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""                                 # the claims are for the CPU
@@ -17,6 +24,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from PIL import Image
 
 import bench
 import data
@@ -366,7 +374,7 @@ def test_uint8_rounds_as_adm_does():
     ("x.npy", lambda b: b[:len(b) // 2], "damaged"), ("z.npy", lambda b: b"", "damaged"),
     ("meta.json", lambda b: b[:50], "damaged"), ("meta.json", lambda b: b"[]", "damaged"),
     ("meta.json", lambda b: b.replace(b"classes", b"klasses"), "not whole"),
-    ("meta.json", lambda b: b.replace(b'"format": 1', b'"format": 99'), "format 99"),
+    ("meta.json", lambda b: b.replace(b'"format": 2', b'"format": 99'), "format 99"),
     ("meta.json", lambda b: b.replace(b'"n": 1618', b'"n": 1619'), "meta.json says")])
 def test_damaged_prepared_data_is_named(workdir, tmp_path, name, spoil, words):
     for file in (workdir / "prepared/digits").iterdir():
@@ -382,6 +390,432 @@ def test_missing_data_and_too_large_r_say_what_to_type(workdir):
         data.Prepared("nowhere", 4)
     with pytest.raises(data.UserError, match="lower --r"):
         data.Prepared(str(workdir / "prepared/digits"), 17)
+
+
+# data.py: folders of images
+
+ENCODER = "vit_base_patch14_reg4_dinov2 --encoder_kwargs depth=2 embed_dim=48 num_heads=3"
+BAD = ["a/cut.jpg", "b/empty.png", "b/notes.txt"]
+
+
+def photo(width, height, seed):
+    """Smooth random pixels uint8 (height, width, 3)."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder with photos/ of three classes in many formats (and bad/, the same with BAD files
+    among them), vae/ and encoder.safetensors: small networks with random weights, in the formats
+    that the hubs serve."""
+    import diffusers
+    import safetensors.torch
+    import timm
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(11):
+        path = folder / "photos" / "abc"[i % 3] / f"{i:02d}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(photo(40 + 9 * i, 100 - 4 * i, i))
+        if i < 6:
+            exif = Image.Exif()
+            exif[0x0112] = 1 + i                                         # orientation
+            image.save(f"{path}.JPEG", exif=exif)
+        else:
+            mode = ["L", "P", "RGBA", "1", "CMYK"][i - 6]
+            image.convert(mode).save(f"{path}.{'tiff' if mode == 'CMYK' else 'png'}")
+    shutil.copytree(folder / "photos", folder / "bad")
+    (folder / "bad" / BAD[0]).write_bytes((folder / "bad/a/00.JPEG").read_bytes()[:900])
+    (folder / "bad" / BAD[1]).write_bytes(b"")
+    (folder / "bad" / BAD[2]).write_text("no image")
+    (folder / "bad/.DS_Store").write_bytes(b"hidden")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[8, 8, 8], norm_num_groups=4, latent_channels=4, scaling_factor=1.3)
+    vae.save_pretrained(folder / "vae")
+    dino = timm.create_model(ENCODER.split()[0], depth=2, embed_dim=48, num_heads=3)
+    for p in dino.parameters():
+        p.data += 0.05 * normal(*p.shape, seed=p.numel())
+    safetensors.torch.save_file(dino.state_dict(), folder / "encoder.safetensors")
+    return folder
+
+
+def prepare(photos, out, *more, images="photos"):
+    """python data.py --images ... in this process, which has torch, timm and diffusers by now."""
+    flags = (f"--images {photos / images} --out {out} --size 32 --vae {photos / 'vae'} --encoder "
+             f"{ENCODER} --encoder_weights {photos / 'encoder.safetensors'} --r_keep 6 "
+             "--batch_size 4 --workers 0 --vae_scale 1.5")
+    data.main(data.parser().parse_args(flags.split() + " ".join(more).split()))
+    return data.Prepared(str(out))
+
+
+@pytest.fixture(scope="session")
+def prepared(photos):
+    return prepare(photos, photos / "prepared")
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in pathlib.Path(folder).glob("*.np*")}
+
+
+def test_images_are_upright_rgb_and_cropped_as_adm_does(photos):
+    upright = Image.open(photos / "photos/c/02.JPEG")                    # turned by 180 degrees
+    turned = data.load_image(photos / "photos/c/02.JPEG", 32)
+    assert upright.getexif()[0x0112] == 3
+    plain = upright.copy()
+    plain.getexif().clear()
+    plain.rotate(180).save(photos / "plain.png")
+    assert np.array_equal(turned, data.load_image(photos / "plain.png", 32))
+    # halved by 2 x 2 means while the short side is 2 * size or more, then bicubic, then the middle
+    square = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    Image.fromarray(square).save(photos / "square.png")
+    means = square.reshape(32, 4, 32, 4, 3).mean((1, 3))                 # Pillow rounds four times
+    assert np.abs(data.load_image(photos / "square.png", 32) - means).max() <= 2
+    wide = photo(90, 32, 1)                                              # nothing to resize
+    Image.fromarray(wide).save(photos / "wide.png")
+    assert np.array_equal(data.load_image(photos / "wide.png", 32), wide[:, 29:61])
+    deep = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(deep).save(photos / "deep.png")                      # 16 bits: not clipped
+    assert np.array_equal(data.load_image(photos / "deep.png", 32)[..., 1], deep >> 8)
+    for path in (photos / "photos").rglob("*.*"):
+        image = data.load_image(path, 16)
+        assert image.shape == (16, 16, 3) and image.dtype == np.uint8
+
+
+def test_classes_are_sorted_folders_and_flat_folders_have_none(photos, tmp_path):
+    files, y, classes = data.list_images(str(photos / "photos"))
+    assert classes == ["a", "b", "c"] and y.tolist() == [0] * 4 + [1] * 4 + [2] * 3
+    assert files.tolist() == sorted(files) and files[0] == b"a/00.JPEG"
+    files, y, classes = data.list_images(str(photos / "photos/a"))
+    assert classes == [] and y.tolist() == [0] * 4
+    with pytest.raises(data.UserError, match="no files"):
+        data.list_images(str(tmp_path))
+    with pytest.raises(data.UserError, match="no folder"):
+        data.list_images(str(tmp_path / "nowhere"))
+    shutil.copytree(photos / "photos", tmp_path / "mixed")
+    (tmp_path / "mixed/README.txt").write_text("not an image, not a class")
+    assert len(data.list_images(str(tmp_path / "mixed"))[0]) == 11
+    shutil.copy(photos / "photos/a/00.JPEG", tmp_path / "mixed")
+    with pytest.raises(data.UserError, match="00.JPEG.*move them"):
+        data.list_images(str(tmp_path / "mixed"))
+
+
+def test_x_is_what_diffusers_pipeline_makes(photos, prepared):
+    """Rows of x.npy are mean and std of the posterior of VaeImageProcessor's input, unscaled;
+    batches draw from it anew and scale once."""
+    import diffusers
+    vae = diffusers.AutoencoderKL.from_pretrained(photos / "vae", low_cpu_mem_usage=False)
+    image = Image.fromarray(data.load_image(photos / "photos/b/01.JPEG", 32))
+    processor = diffusers.image_processor.VaeImageProcessor(vae_scale_factor=4)
+    with torch.no_grad():
+        posterior = vae.encode(processor.preprocess(image)).latent_dist
+    row = torch.from_numpy(prepared.x[4].astype(np.float32))             # b is rows 4 to 7
+    mean, std = row.chunk(2)
+    assert mean.allclose(posterior.mean[0], atol=2e-3) and std.allclose(posterior.std[0], atol=2e-3)
+    assert prepared.meta["scale"] == 1.5 and prepared.meta["settings"]["vae_scale"] == 1.5
+    eps = normal(1, 4, 8, 8)
+    x, _, y = prepared.batch(torch.tensor([4]), eps=eps)
+    assert x.allclose(1.5 * (mean + std * eps), atol=1e-5) and y.item() == 1
+    assert prepared.batch(torch.tensor([4]))[0].allclose(1.5 * mean, atol=1e-5)
+    with torch.no_grad():
+        decoded = vae.decode(x / 1.5).sample
+    theirs = processor.postprocess(decoded, output_type="np") * 255
+    assert np.abs(data.decode(x, prepared.meta) - theirs).max() <= 1.01
+
+
+def test_a_codecs_own_scale_and_shift_are_used_once(photos):
+    import diffusers
+    assert data.Codec(str(photos / "vae")).scale == 1.3                  # config.json's
+    diffusers.AutoencoderKL(
+        block_out_channels=[8], norm_num_groups=4, latent_channels=2, scaling_factor=0.5,
+        latents_mean=[1.0, 2.0], latents_std=[4.0, 5.0]).save_pretrained(photos / "vae_2")
+    codec = data.Codec(str(photos / "vae_2"))
+    assert codec.scale == [0.125, 0.1] and codec.shift == [1.0, 2.0]
+    raw = 1 + normal(3, 2, 8, 8)
+    with torch.no_grad():
+        plain = codec.vae.decode(raw).sample
+    scaled = torch.stack([(raw[:, 0] - 1) * 0.125, (raw[:, 1] - 2) * 0.1], 1)
+    assert codec.decode(scaled).allclose(plain, atol=1e-4)
+    assert data.mean_square(raw.numpy(), False, codec.scale, codec.shift) == pytest.approx(
+        (scaled ** 2).mean((0, 2, 3)).numpy(), rel=1e-4)
+
+
+def test_a_wrong_latent_scale_stops_the_run_and_names_the_right_one(photos, tmp_path):
+    with pytest.raises(data.UserError, match="have RMS .*--vae_scale") as error:
+        prepare(photos, tmp_path / "out", "--vae_scale 9")
+    better = str(error.value).split("--vae_scale ")[1].split()[0]
+    rms = prepare(photos, tmp_path / "new", "--vae_scale", better).meta["x_rms"]
+    assert np.sqrt(np.square(rms).mean()) == pytest.approx(1, abs=0.1)
+
+
+def test_features_are_timms_patch_tokens_on_its_own_normalisation(photos):
+    import timm
+    encoder = data.Encoder(ENCODER.split()[0], 32, None, str(photos / "encoder.safetensors"),
+                           {"depth": 2, "embed_dim": 48, "num_heads": 3})
+    assert encoder.input_size == 28 and encoder.grid == [2, 2]           # 14 pixels for 16
+    images = data.from_uint8(torch.from_numpy(photo(32, 32, 5)).permute(2, 0, 1)[None])
+    mean = torch.tensor(timm.data.IMAGENET_DEFAULT_MEAN).view(3, 1, 1)
+    std = torch.tensor(timm.data.IMAGENET_DEFAULT_STD).view(3, 1, 1)
+    inputs = torch.nn.functional.interpolate(((images + 1) / 2 - mean) / std, 28, mode="bicubic")
+    net = timm.create_model(ENCODER.split()[0], depth=2, embed_dim=48, num_heads=3, img_size=28,
+                            pretrained=True, num_classes=0, pretrained_cfg_overlay={
+                                "file": str(photos / "encoder.safetensors")}).eval()
+    with torch.no_grad():
+        tokens = net.forward_features(inputs)[:, 5:]                     # 1 class token, 4 registers
+    theirs = tokens.transpose(1, 2).reshape(1, 48, 2, 2)
+    assert encoder.features(images).allclose(theirs, atol=1e-4) and theirs.std() > 0.1
+
+
+def test_a_convnets_level_is_timms_intermediate_of_its_own_pipeline(photos):
+    import timm
+    torch.manual_seed(0)
+    net = timm.create_model("mobilenetv2_050", pad_type="same", bn_eps=1e-3).eval()
+    torch.save(net.state_dict(), photos / "mobilenet.pth")
+    encoder = data.Encoder("mobilenetv2_050", 64, 3, str(photos / "mobilenet.pth"),
+                           {"pad_type": "same", "bn_eps": 1e-3})
+    image = photo(64, 64, 3)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net) | {
+        "input_size": (3, 64, 64), "crop_pct": 1})
+    with torch.no_grad():
+        theirs = net.forward_intermediates(transform(Image.fromarray(image))[None], indices=[3],
+                                           intermediates_only=True)[0]
+    images = data.from_uint8(torch.from_numpy(image).permute(2, 0, 1)[None])
+    assert theirs.shape == (1, 48, 4, 4) and encoder.grid == [4, 4]
+    assert encoder.features(images).allclose(theirs, atol=1e-4)
+    other = data.Encoder("mobilenetv2_050", 64, 3, str(photos / "mobilenet.pth"),
+                         {"pad_type": "same", "bn_eps": 1e-3, "mean": 0.5, "std": 0.5})
+    assert not other.features(images).allclose(theirs, atol=1e-2)
+    assert other.name == "mobilenetv2_050 level 3 bn_eps=0.001 mean=0.5 pad_type=same std=0.5"
+
+
+def test_z_is_the_pca_of_the_features_of_all_images(photos, prepared):
+    """The arrays, made again the long way: every feature at once, scikit-learn's PCA."""
+    from sklearn.decomposition import PCA
+    encoder = data.Encoder(ENCODER.split()[0], 32, None, str(photos / "encoder.safetensors"),
+                           {"depth": 2, "embed_dim": 48, "num_heads": 3})
+    files, _, _ = data.list_images(str(photos / "photos"))
+    images = np.stack([data.load_image(photos / "photos" / os.fsdecode(file), 32) for file in files])
+    f = encoder.features(data.from_uint8(torch.from_numpy(images).permute(0, 3, 1, 2)))
+    f = f.permute(0, 2, 3, 1).double().numpy()                           # (11, 2, 2, 48)
+    rows = (f - f.mean((0, 1, 2))) / f.std((0, 1, 2))
+    theirs = PCA(6).fit(rows.reshape(-1, 48)).transform(rows.reshape(-1, 48)).reshape(11, 2, 2, 6)
+    ours = prepared.z.astype(float).transpose(0, 2, 3, 1)
+    sign = np.sign((ours * theirs).sum((0, 1, 2)))
+    assert np.abs(ours - sign * theirs).max() < 0.02 and ours.std() > 1
+    assert prepared.meta["z_rms"] == pytest.approx(np.sqrt((theirs ** 2).mean((0, 1, 2))), rel=1e-2)
+
+
+def test_meta_json_says_what_is_there(photos, prepared):
+    m = prepared.meta
+    assert m["arrays"]["x"]["shape"] == [11, 8, 8, 8] == list(prepared.x.shape)
+    assert (m["x_channels"], m["x_has_std"], m["image_size"], m["n"]) == (4, True, 32, 11)
+    for name in "xzy":
+        digest = hashlib.sha256((photos / "prepared" / f"{name}.npy").read_bytes()).hexdigest()
+        assert m["arrays"][name]["sha256"] == digest
+    assert m["classes"] == ["a", "b", "c"] and prepared.y.tolist() == [0] * 4 + [1] * 4 + [2] * 3
+    assert set(m["versions"]) >= {"torch", "timm", "diffusers"} and m["bad_rows"] == []
+    left = {path.name for path in (photos / "prepared").iterdir()}
+    assert left == {"x.npy", "z.npy", "y.npy", "meta.json", "pca.npz", "sheet.png"}
+    assert Image.open(photos / "prepared/sheet.png").size == (10 * 130 + 2, 3 * 130 + 2)
+
+
+def killed_at(photos, out, calls, rank=0, n_ranks=1, port=0):
+    """A process that prepares, and is killed by SIGKILL at its calls-th write of rows."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        torch.set_num_threads(1)                                         # OpenMP survives no fork
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n_ranks), "MASTER_PORT": str(port),
+                       "MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": str(n_ranks)}
+        write, left = data.write_rows, [calls]
+
+        def write_or_die(path, start, rows):
+            left[0] -= 1
+            if left[0] == 0:
+                half = np.full_like(rows, 7)                             # torn: the half of it, wrong
+                write(path, start, half[:len(half) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(path, start, rows)
+
+        data.write_rows = write_or_die
+        prepare(photos, out)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_killed_and_started_again_the_arrays_are_byte_identical(photos, tmp_path, n_ranks):
+    """Killed at five moments: within y, x, z and status, of the first and of later blocks."""
+    def attempt(out, calls):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        pids = [killed_at(photos, out, calls, rank, n_ranks, port) for rank in range(n_ranks)]
+        while pids:                                                      # torchrun: one for all
+            pid, status = os.wait()
+            pids.remove(pid)
+            if status:
+                for other in pids:
+                    os.kill(other, signal.SIGKILL)
+                    os.waitpid(other, 0)
+                return os.waitstatus_to_exitcode(status)
+        return 0
+
+    assert attempt(tmp_path / "whole", 0) == 0
+    for calls in (1, 3, 5, 4, 2):
+        assert attempt(tmp_path / "out", calls) == -signal.SIGKILL
+        with pytest.raises(data.UserError, match="not finished"):
+            data.Prepared(str(tmp_path / "out"))
+    assert attempt(tmp_path / "out", 0) == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert {"x.npy", "z.npy", "y.npy", "pca.npz"} == set(content(tmp_path / "whole"))
+
+
+def test_a_killed_pca_adds_what_is_missing(photos, tmp_path, monkeypatch):
+    """Chunks of partial sums are kept, and the total does not depend on who made them."""
+    monkeypatch.setattr(data, "PCA_CHUNK", 4)
+    out, seen = tmp_path / "out", []
+    features = data.Encoder.features
+
+    def interrupted(self, images):
+        seen.append(len(images))
+        if len(seen) == 3:                                               # after black and one chunk
+            raise KeyboardInterrupt
+        return features(self, images)
+
+    monkeypatch.setattr(data.Encoder, "features", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(photos, out)
+    assert (out / "moments_00000.npz").exists() and not (out / "moments_00001.npz").exists()
+    prepare(photos, out)
+    assert len(seen) == 3 + 1 + 2 + 3                                    # black, 2 chunks, 3 blocks
+    prepare(photos, tmp_path / "whole")
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_bad_files_are_skipped_named_and_never_trained_on(photos, tmp_path, capsys):
+    with pytest.raises(data.UserError, match="3 of 14 files .*--max_bad 0.2.*cut.jpg") as error:
+        prepare(photos, tmp_path / "out", "--max_bad 0.2", images="bad")
+    assert "\n" not in str(error.value)
+    named = (tmp_path / "out/skipped.txt").read_text().splitlines()
+    assert [line.split(":")[0] for line in named] == BAD and "truncated" in named[0]
+    ours = prepare(photos, tmp_path / "out", "--max_bad 0.22", images="bad")
+    assert "3 files skipped, see" in capsys.readouterr().out.splitlines()[-1]
+    assert ours.n == 11 and ours.meta["n"] == 14 and ours.meta["bad_rows"] == [4, 9, 10]
+    rows = ours.rows(np.arange(11))
+    assert rows.tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 11, 12, 13]
+    assert not ours.x[[4, 9, 10]].any() and (ours.x[rows] != 0).any((1, 2, 3)).all()
+    _, _, y = ours.batch(torch.arange(11))
+    assert y.tolist() == [0] * 4 + [1] * 4 + [2] * 3
+    good = prepare(photos, tmp_path / "good")
+    assert np.abs(ours.x[rows].astype(float) - good.x).max() < 0.01
+
+
+def test_what_is_there_stays_when_settings_differ(photos, prepared, tmp_path):
+    before = content(photos / "prepared")
+    for flags, words in [("--size 64", "another --size: 32, now 64"),
+                         ("--r_keep 5", "another --r_keep"), ("--seed 1", "another --seed")]:
+        with pytest.raises(data.UserError, match=words):
+            prepare(photos, photos / "prepared", flags)
+    with pytest.raises(data.UserError, match="another --images: 11 files"):
+        prepare(photos, photos / "prepared", images="bad")
+    prepare(photos, photos / "prepared")                                 # complete: nothing to do
+    assert content(photos / "prepared") == before
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(data.UserError, match="not empty and holds no prepared data"):
+        prepare(photos, tmp_path)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--images nowhere", "nowhere is no folder"), ("--size 40", "multiple of 16"),
+    ("--vae nowhere", "--vae nowhere"), ("--encoder resnetx", "--encoder resnetx"),
+    ("--encoder_weights nowhere.pth", "nowhere.pth: no such file"), ("--r_keep 49", "48 channels"),
+    ("--encoder_layer 7", "cannot be used so"), ("--encoder_layer top", "a number from 0"),
+    ("--encoder_kwargs depth=2", "one for each; got 2 for 1"),
+    ("--encoder a b --encoder_kwargs depth", "KEY=VALUE"), ("--max_bad 2", "a share"),
+    ("--pca nowhere.npz", "no PCA file"), ("--pca {photos}/other.npz", "is the PCA of some other")])
+def test_mistakes_in_preparing_are_one_line(photos, tmp_path, flags, words):
+    pca.fit(pca.Moments(48).update(normal(99, 48).numpy()), 6, 1, "some other").save(
+        photos / "other.npz")
+    with pytest.raises(data.UserError, match=words) as error:
+        prepare(photos, tmp_path / "out", flags.format(photos=photos))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_found_out_before_the_work(photos, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(data.UserError, match="x.npy needs .* GB .*No space left.*make room"):
+        prepare(photos, tmp_path / "out")
+    monkeypatch.undo()
+    assert prepare(photos, tmp_path / "out").n == 11
+
+
+def test_a_fitted_pca_is_used_as_it_is(photos, prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.Source, "fit_pcas", None)                   # must not be called
+    ours = prepare(photos, tmp_path / "out", f"--pca {photos / 'prepared/pca.npz'}", "--r_keep 4")
+    assert np.array_equal(ours.z, prepared.z[:, :4])
+
+
+def test_several_encoders_share_z(photos, prepared, tmp_path):
+    second = "--encoder_kwargs depth=2 embed_dim=48 num_heads=3 mean=0.5"
+    flags = (f"--encoder {ENCODER.split()[0]} {ENCODER.split()[0]} {second}")
+    ours = prepare(photos, tmp_path / "out", flags)
+    assert ours.z.shape == (11, 12, 2, 2) and np.array_equal(ours.z[:, :6], prepared.z)
+    assert not np.array_equal(ours.z[:, 6:], prepared.z)
+    four = data.Prepared(str(tmp_path / "out"), 4)
+    assert four.channels.tolist() == [0, 1, 6, 7]
+    assert four.meta["z_std"] == [ours.meta["z_std"][c] for c in (0, 1, 6, 7)]
+    stored = torch.from_numpy(ours.z[[2], :][:, [0, 1, 6, 7]].astype(np.float32))
+    assert four.read(torch.tensor([2]))[1].float().equal(stored)
+    with pytest.raises(data.UserError, match="multiple of 2"):
+        data.Prepared(str(tmp_path / "out"), 3)
+
+
+@pytest.mark.parametrize("fusion", model.FUSIONS)
+def test_prepared_photos_train_and_sample_through_their_codec(photos, prepared, tmp_path, fusion):
+    r = "" if fusion == "none" else "--r 4"
+    main(train, f"--data {photos / 'prepared'} --model SiT-T/2 --fusion {fusion} {r} --steps 3 "
+                f"--batch_size 4 --sample_steps 3 --out {tmp_path / 'out'}")
+    main(sample, f"--ckpt {tmp_path / 'out/ckpt.pt'} --n 4 --out {tmp_path / 'samples'}")
+    images = np.load(tmp_path / "samples/samples.npz")["arr_0"]
+    assert images.shape == (4, 32, 32, 3) and images.std() > 1
+    assert (tmp_path / "out/sheet.png").exists()
+    with pytest.raises(data.UserError, match="--vae nowhere"):
+        main(sample, f"--ckpt {tmp_path / 'out/ckpt.pt'} --vae nowhere --out {tmp_path / 'none'}")
+
+
+def test_opening_and_reading_cost_the_same_for_a_million_images(prepared, tmp_path):
+    """Sparse files, in which nobody has written: what is mapped is not read."""
+    def peak(n):
+        for name in "xzy":
+            shape = (n, *getattr(prepared, name).shape[1:])
+            np.lib.format.open_memmap(tmp_path / f"{name}.npy", "w+",
+                                      getattr(prepared, name).dtype, shape).flush()
+        (tmp_path / "meta.json").write_text(json.dumps(prepared.meta | {"n": n}))
+        tracemalloc.start()
+        source = data.Prepared(str(tmp_path))
+        source.batch(torch.tensor([0, n // 2, n - 1]))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    small = peak(1_000)
+    assert peak(1_000_000) < 1.5 * small + 10_000
+
+
+def test_batches_are_read_ahead_in_order():
+    made = []
+    taken = data.prefetch(lambda step: made.append(step) or step, range(3, 9), ahead=2)
+    assert [next(taken), next(taken)] == [3, 4]
+    time.sleep(0.2)
+    assert made == [3, 4, 5, 6] and list(taken) == [5, 6, 7, 8]
 
 
 # pca.py
@@ -515,15 +949,19 @@ def test_a_batchs_loss_drops_and_weighs_as_the_settings_say():
     assert loss(p_drop_y=1) == loss(y=torch.full_like(y, 10)) != loss()
     assert loss(p_drop_z=1) == loss(p_drop_z=1, z=z + 1) and loss(p_drop_z=1) < loss()
     half = train.batch_loss(net, net, x, z, y, draws, {"p_drop_y": 0, "p_drop_z": 0.5, "lam_z": 1})
-    assert half[2][1] == (draws[-1] >= 0.5).sum()                        # kept
+    assert half[2][1] == (draws[4] >= 0.5).sum()                        # kept
 
 
 def test_draws_are_functions_of_seed_and_step():
     net = tiny()
     one, again, other = (train.draw(0, step, 6, net) for step in (3, 3, 4))
+    *one, none = one
+    assert none is None                                               # no codec, nothing to draw
     assert all(torch.equal(a, b) for a, b in zip(one, again))
     assert all(not torch.equal(a, b) for a, b in zip(one, other))
     u, eps_x, eps_z, u_y, u_z = one
+    *_, eps_vae = train.draw(0, 3, 6, net, from_codec=True)
+    assert eps_vae.shape == eps_x.shape and not torch.equal(eps_vae, eps_x)
     assert eps_x.shape == (6, 2, 8, 8) and eps_z.shape == (6, 3, 8, 8)
     assert not torch.equal(u, u_y) and not torch.equal(u_y, u_z)
     none = train.draw(0, 3, 6, tiny(fusion="none"))
@@ -821,7 +1259,7 @@ def test_the_sheet_has_each_image_above_its_features():
     assert picture[60, 60].tolist() == [255, 128, 128]
     assert np.asarray(sample.sheet(x, None, meta, columns=3)).shape == (52, 152, 3)
     for r in (1, 2):
-        assert sample.colours(z[:, :r], meta["z_std"][:r]).shape == (3, 8, 8, 3)
+        assert pca.colours(z[:, :r], meta["z_std"][:r]).shape == (3, 8, 8, 3)
 
 
 def test_solvers_that_do_not_suit_are_refused():
@@ -999,7 +1437,7 @@ def test_a_run_goes_on_with_its_own_data_only(workdir, tmp_path, monkeypatch):
         for file in (workdir / folder).iterdir():
             (tmp_path / folder / file.name).write_bytes(file.read_bytes())
     meta = json.loads((tmp_path / "prepared/digits/meta.json").read_text())
-    meta["sha256"]["z"] = "another"
+    meta["arrays"]["z"]["sha256"] = "another"
     (tmp_path / "prepared/digits/meta.json").write_text(json.dumps(meta))
     with pytest.raises(data.UserError, match="not the data"):
         main(train, "--steps 9")

@@ -86,10 +86,11 @@ def check(settings, n_processes):
     sample.check_solver(settings["model"], None, settings["sample_steps"], "--sample_steps")
 
 
-def draw(seed, step, batch_size, net):
+def draw(seed, step, batch_size, net, from_codec=False):
     """Everything random about a step, for its whole global batch, as functions of (seed, step):
     u (B,) uniform, for the times; eps_x, eps_z of x_t's and z_t's shape (None without features);
-    u_y, u_z (B,) uniform, for what is dropped."""
+    u_y, u_z (B,) uniform, for what is dropped; eps_vae of x's shape, for drawing x from its mean
+    and standard deviation (None unless from_codec)."""
     def stream(purpose):
         return data.generator(seed, purpose, step)
 
@@ -98,7 +99,8 @@ def draw(seed, step, batch_size, net):
     eps_z = torch.randn(batch_size, net.r, *size, generator=stream("eps of z")) if net.r else None
     u, u_y, u_z = (torch.rand(batch_size, generator=stream(purpose))
                    for purpose in ("t", "drop of y", "drop of z"))
-    return u, eps_x, eps_z, u_y, u_z
+    eps_vae = torch.randn(eps_x.shape, generator=stream("draw of x")) if from_codec else None
+    return u, eps_x, eps_z, u_y, u_z, eps_vae
 
 
 def joint_loss(net, process, x, z, y, t, eps_x, eps_z, dropped):
@@ -116,7 +118,7 @@ def joint_loss(net, process, x, z, y, t, eps_x, eps_z, dropped):
 def batch_loss(net, parallel, x, z, y, draws, settings):
     """The loss to minimise for a batch and its draws (draw()'s), and what tally() wants of it.
     parallel: net, or what wraps it for several processes."""
-    u, eps_x, eps_z, u_y, u_z = draws
+    u, eps_x, eps_z, u_y, u_z, _ = draws
     t = net.process.draw_t(u)
     y = torch.where((u_y < settings["p_drop_y"]) | (net.n_classes == 0), net.n_classes, y)
     dropped = u_z < settings["p_drop_z"]
@@ -199,7 +201,7 @@ def preview(ema, settings, meta, device, path, rows=4):
     """Save a sheet of samples from the EMA; up to ten classes, one a column."""
     columns = min(ema.n_classes, 10) or 10
     x, z, _ = generate(ema, columns * rows, settings, columns * rows // 2, device)
-    picture = sample.sheet(x, z, meta, columns=columns)
+    picture = sample.sheet(x, z, meta, columns, device=device)
     write_whole(path, lambda file: picture.save(file, "PNG"))
 
 
@@ -208,7 +210,7 @@ def finish(ema, settings, meta, out, device):
     if settings["data"] == "digits":
         import fid                       # brings scikit-learn and SciPy: not before they are used
         x, _, y = generate(ema, N_JUDGED, settings, 125, device, progress=True)
-        images = data.decode(x, meta["codec"])
+        images = data.to_images(x)
         metrics = fid.judge_digits(images, y.numpy() if ema.n_classes else None)
         results = {"step": settings["steps"], "n_images": N_JUDGED} | metrics
         text = json.dumps(results, indent=1).encode()
@@ -268,6 +270,14 @@ def train(settings, checkpoint, out, device, bf16, rank, n_processes):
 
     first, watched = step, None
     clock, logged = time.perf_counter(), step                        # when and where the log stands
+
+    def read(step):
+        """The numbers of a step's images, the images and the step's draws: this process's part."""
+        numbers = data.rows_of_step(settings["seed"], step, batch_size, source.n)[mine]
+        draws = draw(settings["seed"], step, batch_size, net, source.has_std)
+        return numbers, source.read(numbers), [d if d is None else d[mine] for d in draws]
+
+    batches = data.prefetch(read, range(step, settings["steps"]))
     with tqdm(total=settings["steps"], initial=step, unit="step", disable=rank > 0,
               mininterval=1) as bar:
         while True:
@@ -287,19 +297,21 @@ def train(settings, checkpoint, out, device, bf16, rank, n_processes):
             if done:
                 break
             if rank == 0 and step > first and step % settings["preview_every"] == 0:
-                preview(ema, settings, meta, device, f"{out}/sheet_{step:07d}.png")
+                try:
+                    preview(ema, settings, meta, device, f"{out}/sheet_{step:07d}.png")
+                except data.UserError as error:                      # no codec: no reason to stop
+                    bar.write(f"no preview: {error}")
             clock += time.perf_counter() - paused
 
-            rows = data.rows_of_step(settings["seed"], step, batch_size, source.n)[mine]
-            x, z, y = source.batch(rows, device)
-            draws = [None if part is None else part[mine].to(device)
-                     for part in draw(settings["seed"], step, batch_size, net)]
+            numbers, stored, draws = next(batches)
+            draws = [part if part is None else part.to(device) for part in draws]
+            x, z, y = source.unpack(stored, device, eps=draws[-1])
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss, t, counts = batch_loss(net, parallel, x, z, y, draws, settings)
             optimizer.zero_grad()
             loss.backward()
             stop_if_not_finite(watched)                                  # of the step before
-            watched = (step, loss.detach().clone(), t, rows)
+            watched = (step, loss.detach().clone(), t, source.rows(numbers.numpy()))
             optimizer.step()
             update_ema(ema, net, settings["ema"], step)
             sums += counts
