@@ -1,6 +1,7 @@
 """The README's tables, each by one command.
 
-    python bench.py digits           # every fusion and process on digits
+    python bench.py digits                    # every fusion and process on digits
+    python bench.py prepare --images DIR      # reading and writing of photographs, without networks
 
 Runs go to runs/digits/NAME, rows to runs/digits/rows.jsonl. Killed, it continues; what is there is
 not computed again.
@@ -12,8 +13,10 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
+import numpy as np
 import torch
 
 import data
@@ -108,6 +111,76 @@ def digits(args):
               f"{shown[1]:.2f} | {read} | {row['images_per_s']:.0f} |")
 
 
+def read_and_write_ours(args, folder):
+    """The CPU's part of data.py at 256 pixels: images/s and bytes an image."""
+    files, _, _ = data.list_images(args.images)
+    files = files[np.random.default_rng(0).permutation(len(files))[:args.n]]
+    batches = data.Batches(args.images, files, np.arange(len(files)), 32, 256)
+    shapes = {"x": (8, 32, 32), "z": (16, 16, 16)}                  # SD-VAE's, 16 components
+    start = time.perf_counter()
+    for name, shape in shapes.items():
+        data.allocate(f"{folder}/{name}.npy", (len(files), *shape), np.float16)
+    data.allocate(f"{folder}/status.npy", (len(files),), np.uint8)
+    x, z = (np.random.default_rng(0).normal(size=(32, *shape)).astype(np.float16)
+            for shape in shapes.values())
+    for rows, images, good in batches.loader(args.workers):
+        data.from_uint8(images.permute(0, 3, 1, 2))
+        data.write_block(folder, rows.numpy(), x, z, good.numpy())
+    seconds = time.perf_counter() - start
+    return len(files) / seconds, folder_size(folder) / len(files)
+
+
+def read_and_write_theirs(args, folder):
+    """The same of REPA's preprocessing, which the authors of ReDi use: its own `convert`, then each
+    PNG read again as by its `encode`, and a file of mean and std written for it."""
+    sys.path.insert(0, args.official)
+    import dataset_tools
+    files, _, _ = data.list_images(args.images)
+    images = f"{folder}/chosen"
+    os.mkdir(images)
+    for i in np.random.default_rng(0).permutation(len(files))[:args.n]:
+        os.symlink(os.path.abspath(os.path.join(args.images, os.fsdecode(files[i]))),
+                   f"{images}/{i:08d}.jpg")
+    moments = np.random.default_rng(0).normal(size=(8, 32, 32)).astype(np.float32)
+    start = time.perf_counter()
+    dataset_tools.convert.callback(source=images, dest=f"{folder}/images", max_images=None,
+                                   transform="center-crop-dhariwal", resolution=(256, 256))
+    _, entries = dataset_tools.open_dataset(f"{folder}/images", max_images=None)
+    for i, entry in enumerate(entries):
+        torch.tensor(entry.img).permute(2, 0, 1).unsqueeze(0)
+        os.makedirs(f"{folder}/vae-sd/{i // 1000:05d}", exist_ok=True)
+        np.save(f"{folder}/vae-sd/{i // 1000:05d}/img-mean-std-{i:08d}.npy", moments)
+    seconds = time.perf_counter() - start
+    size = folder_size(f"{folder}/images") + folder_size(f"{folder}/vae-sd")
+    return args.n / seconds, size / args.n
+
+
+def folder_size(folder):
+    return sum(os.path.getsize(os.path.join(path, name))
+               for path, _, names in os.walk(folder) for name in names)
+
+
+def prepare(args):
+    """Print images/s and bytes an image of both ways, alternating."""
+    ways = {"this code": read_and_write_ours}
+    if args.official:
+        ways["REPA's preprocessing"] = read_and_write_theirs
+    args.n = min(args.n, len(data.list_images(args.images)[0]))
+    figures = {name: [] for name in ways}
+    for _ in range(args.rounds):
+        for name, way in ways.items():
+            with tempfile.TemporaryDirectory(dir=".") as folder:
+                figures[name].append(way(args, folder))
+    print(f"{args.n} images of {args.images}, {args.rounds} rounds, {args.workers} workers; "
+          f"{hardware()}, {time.strftime('%Y-%m-%d')}\n\n"
+          "| | images/s: median (least to most) | bytes an image | GB for 1,281,167 images |\n"
+          "|---|---|---|---|")
+    for name, rounds in figures.items():
+        rates, sizes = zip(*rounds)
+        print(f"| {name} | {statistics.median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f}) | "
+              f"{sizes[0]:,.0f} | {sizes[0] * 1_281_167 / 1e9:.1f} |")
+
+
 def main(args):
     args.table(args)
 
@@ -126,6 +199,16 @@ def parser():
                    help=f"just these (default: all): {' '.join(digit_runs())}")
     q.add_argument("--out", default="runs/digits", metavar="DIR",
                    help="runs and rows (default: %(default)s)")
+    q = tables.add_parser("prepare", help="reading and writing of photographs, without networks",
+                          allow_abbrev=False)
+    q.set_defaults(table=prepare)
+    q.add_argument("--images", required=True, metavar="DIR", help="as for data.py")
+    q.add_argument("--official", metavar="DIR", help="the folder preprocessing of a clone of REPA "
+                                                     "(it imports click); without it ours alone")
+    q.add_argument("--n", type=int, default=1024, help="images (default: %(default)s)")
+    q.add_argument("--rounds", type=int, default=3, help="repetitions (default: %(default)s)")
+    q.add_argument("--workers", type=int, default=os.cpu_count(),
+                   help="processes that read images (default: %(default)s)")
     return p
 
 
