@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import warnings
 import zlib
 
@@ -117,8 +118,8 @@ def list_images(folder):
         found = []
         for path, folders, names in os.walk(top, followlinks=True, onerror=fail):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            found += [os.path.relpath(os.path.join(path, name), folder)
-                      for name in names if not name.startswith(".")]
+            here = os.path.relpath(path, folder)
+            found += [f"{here}/{name}" for name in names if not name.startswith(".")]
         return sorted(found)
 
     if not os.path.isdir(folder):
@@ -255,21 +256,18 @@ def per_channel(value, x):
     return torch.tensor(value, device=x.device, dtype=x.dtype).view(-1, 1, 1)
 
 
-@functools.lru_cache(maxsize=1)
-def open_codec(name, weights, scale, shift, device):
-    codec = Codec(name, device, *(v if np.isscalar(v) else list(v) for v in (scale, shift)))
-    if weights and weights_hash(codec.vae) != weights:
-        raise UserError(f"the codec at {name} is not the one that made the data, its weights "
-                        "differ; put that one there, or to use it all the same: --vae " + name)
-    return codec
-
-
-def codec_of(meta, device="cpu"):
-    """The codec that made the data which meta describes; None: its x are images."""
-    if meta["codec"] is None:
-        return None
-    scale, shift = (v if np.isscalar(v) else tuple(v) for v in (meta["scale"], meta["shift"]))
-    return open_codec(meta["codec"], meta["codec_weights"], scale, shift, torch.device(device))
+def codec_of(meta, device="cpu", opened={}):
+    """The codec that made the data which meta describes, opened once; None: its x are images."""
+    name, weights = meta["codec"], meta["codec_weights"]
+    key = json.dumps([name, weights, meta["scale"], meta["shift"], str(device)])
+    if name and key not in opened:
+        codec = Codec(name, device, meta["scale"], meta["shift"])
+        if weights and weights_hash(codec.vae) != weights:
+            raise UserError(f"the codec at {name} is not the one that made the data, its weights "
+                            f"differ; put that one there, or take it all the same: --vae {name}")
+        opened.clear()
+        opened[key] = codec
+    return opened[key] if name else None
 
 
 def decode(x, meta, device="cpu", batch_size=8):
@@ -452,16 +450,25 @@ class Source:
         return [self.fit_one(i, encoder, paths) for i, encoder in enumerate(self.encoders)]
 
     def fit_one(self, i, encoder, paths):
-        total = pca.Moments(encoder.d)
+        total, part = pca.Moments(encoder.d), pca.Moments(encoder.d)
         for path in paths:                                 # in the same order every time
+            wait_for(path)
             with np.load(path) as file:
-                part = pca.Moments(encoder.d)
-                part.n = int(file[f"n_{i}"])
-                part.sum, part.outer = file[f"sum_{i}"], file[f"outer_{i}"]
+                part.n, part.sum, part.outer = (file[f"{name}_{i}"][()]
+                                                for name in ("n", "sum", "outer"))
             total.merge(part)
         if total.n < 2:
             raise UserError(f"{self.args.images} holds no image that Pillow can read")
+        total.n = int(total.n)
         return pca.fit(total, self.args.r_keep, self.args.pca_scale, encoder.name, encoder.weights)
+
+
+def wait_for(path, seconds=120):
+    """Until a file that another machine wrote shows on the shared disk."""
+    for _ in range(seconds):
+        if os.path.exists(path):
+            break
+        time.sleep(1)
 
 
 def fit_folder(args):
@@ -538,6 +545,8 @@ def prepare(args):
             if source.rank == 0:
                 each.save(f"{out}/{name}")
     barrier()
+    for name in names:
+        wait_for(f"{out}/{name}")
     pcas = [pca.load(f"{out}/{name}") for name in names]
     encode_all(source, codec, pcas, out)
     barrier()

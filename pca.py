@@ -200,7 +200,8 @@ def show_folder(folder, columns=10, tile=96):
     source = data.Prepared(folder)
     for encoder in source.meta["encoders"]:
         show(f"{folder}/{encoder['pca']}", load(f"{folder}/{encoder['pca']}"))
-    z, z_std = source.z[source.examples(columns)], source.meta["z_std"]
+    z = source.z[source.rows(source.examples(columns).numpy())]
+    z_std = source.meta["z_std"]
     picture = data.contact_sheet([colours(z[:, i:i + 3], z_std[i:i + 3])
                                   for i in range(0, z.shape[1], 3)], columns, tile)
     picture.save(f"{folder}/z.png")

@@ -886,6 +886,62 @@ def test_the_file_holds_everything_without_pickle(features, tmp_path):
         pca.load(str(tmp_path / "half.npz"))
 
 
+def test_the_authors_file_is_converted_without_running_it(features, tmp_path):
+    """A file made as theirs is, by torch.save of a fitted scikit-learn PCA, projects as theirs."""
+    from sklearn.decomposition import PCA
+    mean, std = features.mean(0) + 0.1, features.std(0) * 0.9            # theirs are off, too
+    theirs = PCA().fit((features - mean) / std)
+    stats = {"pca_model": theirs, "mean": mean.astype(np.float32), "std": std.astype(np.float32)}
+    torch.save(stats, tmp_path / "official.pth")
+    ours = pca.from_official(str(tmp_path / "official.pth"))
+    expected = theirs.transform((features - stats["mean"]) / stats["std"])
+    assert np.allclose(ours.project(features), expected, atol=1e-5)
+    assert np.allclose(ours.z_std, expected.std(0, ddof=1)) and ours.n == 500
+    assert ours.encoder == pca.DINOV2 and ours.scale == 1
+
+
+def test_the_authors_file_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    torch.save({"pca_model": Evil(), "mean": 0, "std": 1}, tmp_path / "evil.pth")
+    for content, words in ((None, "posix.mkdir, which is not admitted"), (b"PK", "evil.pth is not")):
+        if content:
+            (tmp_path / "evil.pth").write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            pca.from_official(str(tmp_path / "evil.pth"))
+    assert not (tmp_path / "evil").exists()
+
+
+SHARED = HERE.parent / "shared/data"
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"no real images in {SHARED}")
+
+
+@needs_shared
+def test_the_authors_own_file_has_the_published_spectrum():
+    ours = pca.from_official(str(SHARED / "dino_pca_model.pth"))
+    published = [5.77, 4.90, 4.79, 4.20, 4.01, 3.77, 3.68, 3.56]         # std of components 1 to 8
+    assert ours.z_std[:8] == pytest.approx(published, abs=0.006)
+    assert ours.n == 309_248 * 256 and ours.total_variance == pytest.approx(990, abs=1)
+
+
+def test_pca_py_fits_and_shows(photos, prepared, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(pca, f"--images {photos / 'photos'} --size 32 --encoder {ENCODER} --encoder_weights "
+              f"{photos / 'encoder.safetensors'} --r_keep 6 --batch_size 4 --workers 0")
+    assert (tmp_path / "pca.npz").read_bytes() == (photos / "prepared/pca.npz").read_bytes()
+    assert os.listdir(tmp_path) == ["pca.npz"] and "6 of 48 components" in capsys.readouterr().out
+    main(pca, str(photos / "prepared"))
+    shown = capsys.readouterr().out
+    assert "fitted on 44 feature vectors" in shown and "z.png: an image a column" in shown
+    picture = np.asarray(Image.open(photos / "prepared/z.png"))
+    assert picture.shape == (2 * 98 + 2, 10 * 98 + 2, 3)                 # 6 components: two rows
+    (photos / "prepared/z.png").unlink()
+    z, z_std = prepared.z[prepared.rows(prepared.examples(10).numpy())], prepared.meta["z_std"]
+    assert (picture[98 + 50, 98 + 50] == pca.colours(z[1:2, 3:], z_std[3:])[0, 1, 1]).all()
+
+
 # train.py
 
 def loss_inputs(net, B=4):
