@@ -12,8 +12,10 @@ import argparse
 import ast
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -42,6 +44,8 @@ IMAGENET = "prepared/imagenet256"             # what every model but size T trai
 FORMAT = 2                                    # of a prepared folder; another number is refused
 VAE = "stabilityai/sd-vae-ft-ema"             # the paper's
 PCA_CHUNK = 1024                              # images a partial sum: lost at most when killed
+# OSErrors that blame one file and not the disk or the process; Pillow's own have no number
+OF_THE_FILE = (None, errno.ENOENT, errno.EACCES, errno.ELOOP, errno.EINVAL)
 
 
 class UserError(ValueError):
@@ -111,23 +115,26 @@ def list_images(folder):
     """Every file below folder but hidden ones: paths (n,) as bytes, relative to it, class by class
     and sorted; y (n,); the classes' names, which are the sorted subfolders that hold files. Without
     such subfolders: no names, and y is 0. UserError if there is nothing to read."""
-    def fail(error):
-        raise error
-
-    def below(top):
-        found = []
-        for path, folders, names in os.walk(top, followlinks=True, onerror=fail):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            here = os.path.relpath(path, folder)
-            found += [f"{here}/{name}" for name in names if not name.startswith(".")]
-        return sorted(found)
+    def below(name, above=()):
+        top = os.path.join(folder, name)
+        if os.path.realpath(top) in above:                 # a link to where it is
+            return
+        with os.scandir(top) as entries:
+            for entry in entries:
+                path = f"{name}/{entry.name}"
+                if entry.name.startswith("."):
+                    continue
+                elif entry.is_dir():
+                    yield from below(path, (*above, os.path.realpath(top)))
+                elif entry.is_file() or entry.is_symlink():
+                    yield path
 
     if not os.path.isdir(folder):
         raise UserError(f"--images {folder} is no folder; give one that holds images, or a "
                         "subfolder of images for each class")
     with os.scandir(folder) as entries:
         entries = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
-    classes = {name: below(os.path.join(folder, name)) for name, is_folder in entries if is_folder}
+    classes = {name: sorted(below(name)) for name, is_folder in entries if is_folder}
     classes = {name: paths for name, paths in classes.items() if paths}
     flat = [name for name, is_folder in entries if not is_folder]
     if classes:
@@ -156,6 +163,8 @@ def load_image(path, size):
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
+    if image.width * image.height * scale ** 2 > 2 * Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(f"{image.size} enlarged to {size} pixels is too large")
     image = image.resize((round(image.width * scale), round(image.height * scale)),
                          Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
@@ -183,15 +192,25 @@ class Batches(torch.utils.data.Dataset):
                 good[i] = True
             except MemoryError:
                 raise
+            except OSError as error:
+                if error.errno not in OF_THE_FILE:
+                    raise
             except Exception:                        # Pillow raises anything on a damaged file
                 pass
         return torch.from_numpy(rows), torch.from_numpy(images), torch.from_numpy(good)
 
     def loader(self, workers, batches=None):
-        """Items in turn (of the given numbers), read ahead by worker processes."""
-        return torch.utils.data.DataLoader(self, batch_size=None, num_workers=workers,
-                                           sampler=range(len(self)) if batches is None else batches,
-                                           pin_memory=torch.cuda.is_available())
+        """Items of the given numbers (None: all) in turn, read ahead by worker processes. UserError
+        if reading fails for another reason than the file."""
+        numbers = range(len(self)) if batches is None else batches
+        try:
+            yield from torch.utils.data.DataLoader(self, batch_size=None, num_workers=workers,
+                                                   sampler=numbers,
+                                                   pin_memory=torch.cuda.is_available())
+        except (RuntimeError, OSError, MemoryError) as error:          # many lines, of the worker's
+            last = str(error).strip().splitlines()[-1]
+            raise UserError(f"reading images failed ({last}); fewer --workers may help, and the "
+                            "same command goes on where it was") from None
 
 
 def weights_hash(net):
@@ -220,13 +239,16 @@ class Codec:
             kind = diffusers.AutoencoderKL.load_config(name).get("_class_name")
             if kind not in ("AutoencoderKL", "AutoencoderTiny"):
                 raise ValueError(f"it is of class {kind}, not AutoencoderKL or AutoencoderTiny")
-            vae = getattr(diffusers, kind).from_pretrained(
-                name, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+            vae, info = getattr(diffusers, kind).from_pretrained(
+                name, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True)
+            lacking = [*info["missing_keys"], *info["mismatched_keys"]]
+            if lacking:
+                raise ValueError(f"its weights lack or do not fit {lacking[0]}")
         except Exception as error:                        # a dozen kinds, many lines
-            raise UserError(f"--vae {name} cannot be loaded ({first_line(error)}); give a hub name "
+            raise UserError(f"--vae {name} cannot be loaded ({one_line(error)}); give a hub name "
                             "such as " + VAE + " or a local folder in diffusers' format") from None
         self.vae = vae.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-        self.name, self.kind, config = name, kind, vae.config
+        self.name, self.kind, self.weights, config = name, kind, weights_hash(vae), vae.config
         self.has_std, self.channels = kind == "AutoencoderKL", config.latent_channels
         levels = config.block_out_channels if self.has_std else config.encoder_block_out_channels
         self.factor = 2 ** (len(levels) - 1)               # pixels a latent
@@ -256,27 +278,33 @@ def per_channel(value, x):
     return torch.tensor(value, device=x.device, dtype=x.dtype).view(-1, 1, 1)
 
 
-def codec_of(meta, device="cpu", opened={}):
+def scaled(x, scale, shift):
+    """Raw latents (B, C, h, w) -> what the network sees."""
+    return (x - per_channel(shift, x)) * per_channel(scale, x)
+
+
+@functools.lru_cache(maxsize=1)
+def open_codec(name, weights, scale_and_shift, device):
+    codec = Codec(name, device, *json.loads(scale_and_shift))
+    if weights and codec.weights != weights:
+        raise UserError(f"the codec at {name} is not the one that made the data, its weights "
+                        f"differ; put that one there, or: sample.py --vae {name}")
+    return codec
+
+
+def codec_of(meta, device="cpu"):
     """The codec that made the data which meta describes, opened once; None: its x are images."""
-    name, weights = meta["codec"], meta["codec_weights"]
-    key = json.dumps([name, weights, meta["scale"], meta["shift"], str(device)])
-    if name and key not in opened:
-        codec = Codec(name, device, meta["scale"], meta["shift"])
-        if weights and weights_hash(codec.vae) != weights:
-            raise UserError(f"the codec at {name} is not the one that made the data, its weights "
-                            f"differ; put that one there, or take it all the same: --vae {name}")
-        opened.clear()
-        opened[key] = codec
-    return opened[key] if name else None
+    if meta["codec"] is None:
+        return None
+    return open_codec(meta["codec"], meta["codec_weights"],
+                      json.dumps([meta["scale"], meta["shift"]]), torch.device(device))
 
 
 def decode(x, meta, device="cpu", batch_size=8):
     """Scaled latents x (B, C, H, W) of the data that meta describes -> images uint8 (B, H, W, 3)
     numpy. UserError if its codec cannot be had."""
     codec = codec_of(meta, device)
-    if codec is None:
-        return to_images(x)
-    return np.concatenate([to_images(codec.decode(part.to(device)))
+    return np.concatenate([to_images(codec.decode(part.to(device)) if codec else part)
                            for part in x.split(batch_size)])
 
 
@@ -296,11 +324,13 @@ class Encoder:
         if weights and not os.path.exists(weights):
             raise UserError(f"--encoder_weights {weights}: no such file")
         try:
-            net = timm.create_model(name, pretrained=True, num_classes=0,
-                                    pretrained_cfg_overlay=overlay, **of_model)
+            net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay,
+                                    **of_model)                  # with its head: a strict load
+            self.weights = weights_hash(net)
             reductions = [level["reduction"] for level in net.feature_info]
             plain = len(reductions) > 1 and len(set(reductions)) == 1      # a vision transformer
-            self.input_size = ours.get("input_size", size // 16 * reductions[0] if plain else size)
+            patches = max(1, round(size / 16)) * reductions[0]
+            self.input_size = ours.get("input_size", patches if plain else size)
             if hasattr(net, "set_input_size"):
                 net.set_input_size(img_size=(self.input_size, self.input_size))
             net = net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
@@ -311,13 +341,12 @@ class Encoder:
             black = torch.zeros(1, 3, size, size, device=device)
             _, self.d, *self.grid = self.features(black).shape
         except Exception as error:                        # a dozen kinds, many lines
-            raise UserError(f"--encoder {name} cannot be used so ({first_line(error)}); "
+            raise UserError(f"--encoder {name} cannot be used so ({one_line(error)}); "
                             "--encoder_weights takes a local file, and timm.list_models() has the "
                             "names") from None
         self.name = name if layer is None else f"{name} level {layer}"
         self.name += "".join(f" {key}={value}" for key, value in sorted((settings or {}).items())
                              if key != "input_size")
-        self.weights = weights_hash(net)
 
     @torch.no_grad()
     def features(self, images):
@@ -332,8 +361,9 @@ class Encoder:
                                               output_fmt="NCHW")[-1].float()
 
 
-def first_line(error):
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+def one_line(error, most=200):
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def open_encoders(args, device):
@@ -377,9 +407,9 @@ class Source:
         for name in ("batch_size", "pca_images", "r_keep"):
             if getattr(args, name) < 1:
                 raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
-        if args.size < 16 or args.size % 16:
-            raise UserError(f"--size {args.size} must be a multiple of 16")
-        if not 0 < args.pca_scale < float("inf"):
+        if args.size < 8:
+            raise UserError(f"--size {args.size} must be at least 8 pixels")
+        if args.pca_scale is not None and not 0 < args.pca_scale < float("inf"):
             raise UserError(f"--pca_scale {args.pca_scale} must be above 0")
         if args.seed < 0 or (args.workers or 0) < 0:
             raise UserError("--seed and --workers must be 0 or more")
@@ -413,7 +443,8 @@ class Source:
     def fit_pcas(self, folder):
         """A PCA of each encoder from random images. Partial sums of PCA_CHUNK images lie in folder
         meanwhile: a killed run adds what is missing, and the total depends neither on that nor on
-        the number of processes. Only rank 0 gets the PCAs, others an empty list."""
+        the number of processes (of as many threads). Only rank 0 gets the PCAs, others an empty
+        list."""
         batches = self.batches(self.random_rows())
         each = max(1, PCA_CHUNK // self.args.batch_size)
         chunks = [range(i, min(i + each, len(batches))) for i in range(0, len(batches), each)]
@@ -439,11 +470,9 @@ class Source:
                             raise UserError(f"{encoder.name}: its {error}; --no-bf16 may help"
                                             ) from None
                     bar.update(len(good) * self.n_ranks)
-                with open(paths[c] + ".part", "wb") as file:
-                    np.savez(file, **{f"{name}_{i}": getattr(sums, name)
-                                      for i, sums in enumerate(moments)
-                                      for name in ("n", "sum", "outer")})
-                os.replace(paths[c] + ".part", paths[c])
+                parts = {f"{name}_{i}": getattr(sums, name) for i, sums in enumerate(moments)
+                         for name in ("n", "sum", "outer")}
+                pca.write_whole(paths[c], lambda file: np.savez(file, **parts))
         barrier()
         if self.rank:
             return []
@@ -458,9 +487,11 @@ class Source:
                                                 for name in ("n", "sum", "outer"))
             total.merge(part)
         if total.n < 2:
-            raise UserError(f"{self.args.images} holds no image that Pillow can read")
+            raise UserError(f"{self.args.images} holds too few images that Pillow can read: they "
+                            f"have {total.n} feature vectors, a PCA needs 2")
         total.n = int(total.n)
-        return pca.fit(total, self.args.r_keep, self.args.pca_scale, encoder.name, encoder.weights)
+        return pca.fit(total, self.args.r_keep, self.args.pca_scale or 1.0, encoder.name,
+                       encoder.weights)
 
 
 def wait_for(path, seconds=120):
@@ -493,36 +524,56 @@ def pca_names(n, first="pca.npz"):
 
 def barrier():
     if dist.is_initialized():
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError:                               # its own message says why
+            raise UserError("another process stopped") from None
 
 
 def prepare(args):
     """Make the prepared folder args.out from args.images, or go on where a killed run with the same
     settings was. Any number of processes share the work; rows are written block by block, each then
-    marked in status.npy, so that a block is there whole or made again."""
+    marked in status.npy, so that a block is there whole or made again. meta.json comes last."""
+    try:
+        prepare_or_resume(args)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"--batch_size {args.batch_size} takes too much memory; start anew in "
+                        f"another --out with less ({one_line(error)})") from None
+    except OSError as error:
+        raise UserError(f"{args.out}: {error}; what is there is kept, and when that is mended the "
+                        "same command goes on where it was") from None
+
+
+def prepare_or_resume(args):
     if not 0 <= args.max_bad <= 1:
         raise UserError(f"--max_bad {args.max_bad} is a share, from 0 to 1")
     if args.vae_scale is not None and not 0 < args.vae_scale < float("inf"):
         raise UserError(f"--vae_scale {args.vae_scale} must be above 0")
     if args.pca and len(args.pca) != len(args.encoder):
         raise UserError(f"--pca: give a file for each of --encoder, {len(args.encoder)}")
+    images, out = os.path.realpath(args.images), os.path.realpath(args.out)
+    if os.path.commonpath([images, out]) == images:
+        raise UserError(f"--out {args.out} is inside --images {args.images}; choose another")
     source, out = Source(args), args.out
     codec = Codec(args.vae, source.device, args.vae_scale)
     if args.size % (2 * codec.factor):
         raise UserError(f"--size {args.size} must be a multiple of {2 * codec.factor}: the codec's "
                         f"{codec.factor} pixels a latent, and patches of 2")
-    given = [read_pca(path, encoder, args.r_keep)
+    given = [read_pca(path, encoder, args)
              for path, encoder in zip(args.pca or [], source.encoders)]
     settings = {
         "images": f"{len(source.files)} files {short_hash(source.files, source.y)}",
-        "size": args.size, "vae": f"{codec.kind} {weights_hash(codec.vae)[:16]}",
+        "size": args.size, "vae": f"{codec.kind} {codec.weights[:16]}",
         "vae_scale": codec.scale, "encoder": [f"{e.name} at {e.input_size} pixels {e.weights[:16]}"
                                               for e in source.encoders],
         "pca": [short_hash(each.components, each.mean, each.std) for each in given],
-        "pca_images": args.pca_images, "pca_scale": args.pca_scale, "r_keep": args.r_keep,
+        "pca_images": None if given else args.pca_images,
+        "pca_scale": [each.scale for each in given] or args.pca_scale or 1.0, "r_keep": args.r_keep,
         "seed": args.seed, "batch_size": args.batch_size, "bf16": source.bf16}
     if is_complete(out, settings):
-        print(f"{out} is there already, prepared with these settings")
+        if source.rank == 0:
+            clear_up(out)
+            print(f"{out} is there already, prepared with these settings")
         return
     if source.n_ranks > 1:                                 # the slowest may take hours longer
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
@@ -537,9 +588,14 @@ def prepare(args):
         allocate(f"{out}/y.npy", (n,), np.int64)
         write_rows(f"{out}/y.npy", 0, source.y)
         allocate(f"{out}/status.npy", (n,), np.uint8)      # 0: to do, 1: done, 2: cannot be read
+        status = np.load(f"{out}/status.npy")              # and may have been mended since
+        write_rows(f"{out}/status.npy", 0, np.where(status == 2, 0, status).astype(np.uint8))
     barrier()
     names = pca_names(len(source.encoders))
-    if not all(os.path.exists(f"{out}/{name}") for name in names):
+    to_fit = [not all(os.path.exists(f"{out}/{name}") for name in names)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(to_fit)                 # on a shared disk opinions may differ
+    if to_fit[0]:
         fitted = given or source.fit_pcas(out)
         for name, each in zip(names, fitted):              # none but on rank 0, if just fitted
             if source.rank == 0:
@@ -547,7 +603,10 @@ def prepare(args):
     barrier()
     for name in names:
         wait_for(f"{out}/{name}")
-    pcas = [pca.load(f"{out}/{name}") for name in names]
+    try:
+        pcas = [pca.load(f"{out}/{name}") for name in names]
+    except ValueError as error:
+        raise UserError(f"{error}; remove it, and the same command makes it again") from None
     encode_all(source, codec, pcas, out)
     barrier()
     if source.rank == 0:
@@ -557,7 +616,7 @@ def prepare(args):
         dist.destroy_process_group()
 
 
-def read_pca(path, encoder, r_keep):
+def read_pca(path, encoder, args):
     """The first r_keep components of a PCA file. UserError if it is not this encoder's."""
     try:
         fitted = pca.load(path)
@@ -566,7 +625,8 @@ def read_pca(path, encoder, r_keep):
             raise ValueError(f"{path} is the PCA of {fitted.encoder}, {len(fitted.mean)} channels, "
                              f"weights {fitted.weights[:16] or 'unknown'}; --encoder is "
                              f"{encoder.name}, {encoder.d}, {encoder.weights[:16]}")
-        return fitted.first(r_keep)
+        scale = fitted.scale if args.pca_scale is None else args.pca_scale
+        return dataclasses.replace(fitted.first(args.r_keep), scale=scale)
     except (OSError, ValueError) as error:
         raise UserError(f"--pca: {error}") from None
 
@@ -601,11 +661,7 @@ def is_complete(out, settings):
 
 
 def write_json(path, value):
-    with open(path + ".part", "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".part", path)
+    pca.write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
 
 def allocate(path, shape, dtype):
@@ -625,7 +681,8 @@ def allocate(path, shape, dtype):
                 file.truncate(file.tell() + size)
     except OSError as error:
         free = shutil.disk_usage(os.path.dirname(path)).free
-        os.remove(path + ".part")
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path + ".part")
         raise UserError(f"{path} needs {size / 1e9:.2f} GB and cannot have them ({error.strerror}; "
                         f"{free / 1e9:.2f} GB are free); make room, or choose another --out"
                         ) from None
@@ -636,11 +693,10 @@ def write_rows(path, start, rows):
     """Write rows of a .npy file in their place, and wait until they are on the disk."""
     array = np.load(path, mmap_mode="r")
     assert rows.dtype == array.dtype and rows.shape[1:] == array.shape[1:], (rows.shape, array)
-    with open(path, "r+b") as file:
+    # O_DSYNC, not fsync: it keeps NFS from writing whole pages, with another machine's rows
+    with open(path, "r+b", opener=lambda path, flags: os.open(path, flags | os.O_DSYNC)) as file:
         file.seek(array.offset + start * array[0].nbytes)
         file.write(np.ascontiguousarray(rows))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def encode_all(source, codec, pcas, out):
@@ -648,11 +704,13 @@ def encode_all(source, codec, pcas, out):
     latents are out of range."""
     status = np.load(f"{out}/status.npy", mmap_mode="r")
     if not status.any():                                   # a wrong scale is found out at once
-        _, images, good = source.batches(source.random_rows()[:source.args.batch_size])[0]
-        if good.any():
-            with source.autocast():
-                x = codec.encode(source.to_device(images[good]))
-            check_rms(mean_square(x.cpu().numpy(), codec.has_std, codec.scale, codec.shift), codec)
+        some = source.batches(source.random_rows()[:16])
+        with source.autocast():
+            x = [codec.encode(source.to_device(images[good])) for _, images, good in some.loader(0)
+                 if good.any()]
+        if x:
+            x = torch.cat(x).cpu().numpy()
+            check_rms(mean_square(x, codec.has_std, codec.scale, codec.shift), codec)
     batches = source.batches(np.arange(len(status)))
     todo = [b for b, rows in enumerate(batches.batches) if (status[rows] != 1).any()]
     barrier()                                              # all have seen the same status
@@ -661,7 +719,8 @@ def encode_all(source, codec, pcas, out):
               unit="image", disable=source.rank > 0) as bar, \
             concurrent.futures.ThreadPoolExecutor(1) as writer:
         writing = None
-        for rows, images, good in batches.loader(source.workers, todo[source.rank::source.n_ranks]):
+        mine = np.array_split(todo, source.n_ranks)[source.rank].tolist()
+        for rows, images, good in batches.loader(source.workers, mine):
             images = source.to_device(images)
             with source.autocast():
                 x = codec.encode(images)
@@ -681,6 +740,7 @@ def encode_all(source, codec, pcas, out):
             bar.update(np.count_nonzero(status) - bar.n)
         if writing:
             writing.result()
+            bar.update(np.count_nonzero(status) - bar.n)
 
 
 def write_block(out, rows, x, z, good):
@@ -701,9 +761,10 @@ def check_rms(square, codec, least=0.5, most=2.0):
     """UserError if scaled latents of that mean square (C,) would ruin training: noise has 1."""
     rms = float(np.sqrt(np.mean(square)))
     if not least <= rms <= most:
+        better = "" if codec.shift else f"; --vae_scale {np.mean(codec.scale) / rms:.4g} makes it 1"
         raise UserError(f"the scaled latents of --vae {codec.name} have RMS {rms:.3g}, and should "
-                        f"have about 1 ({least} to {most}): its scale {codec.scale} is not right; "
-                        f"--vae_scale {np.mean(codec.scale) / rms:.4g} would make it 1")
+                        f"have about 1 ({least} to {most}): its scale {codec.scale} is not right"
+                        + better)
 
 
 def stop_if_too_many_bad(source, status, out):
@@ -712,8 +773,9 @@ def stop_if_too_many_bad(source, status, out):
         lines = write_skipped(source, bad, out)
         raise UserError(f"{len(bad)} of {n} files cannot be read, more than --max_bad "
                         f"{source.args.max_bad:g} of them: {'; '.join(lines[:5])}"
-                        f"{' ...' * (len(bad) > 5)} (all in {out}/skipped.txt); mend or remove "
-                        "them, or raise --max_bad, and run the same command again")
+                        f"{' ...' * (len(bad) > 5)} (all in {out}/skipped.txt); mend them, or "
+                        "raise --max_bad, and the same command goes on; without them it is other "
+                        "data, for another --out")
 
 
 def write_skipped(source, bad, out):
@@ -725,16 +787,15 @@ def write_skipped(source, bad, out):
             load_image(os.path.join(source.args.images, path), source.args.size)
             reason = "could not be read when its turn came"
         except Exception as error:                         # Pillow raises anything
-            reason = first_line(error)
+            reason = one_line(error)
         lines.append(f"{path}: {reason}")
-    with open(f"{out}/skipped.txt.part", "w", errors="surrogateescape") as file:
-        file.write("".join(line + "\n" for line in lines))
-    os.replace(f"{out}/skipped.txt.part", f"{out}/skipped.txt")
+    text = "".join(line + "\n" for line in lines).encode(errors="surrogateescape")
+    pca.write_whole(f"{out}/skipped.txt", lambda file: file.write(text))
     return lines
 
 
 def finish(source, codec, pcas, settings, out):
-    """Check and measure the arrays, write meta.json and the picture, and clear up."""
+    """Check and measure the arrays, make the picture, then meta.json, and clear up."""
     args, status = source.args, np.load(f"{out}/status.npy")
     assert status.all(), np.flatnonzero(status == 0)
     bad = np.flatnonzero(status == 2)
@@ -746,31 +807,39 @@ def finish(source, codec, pcas, settings, out):
     is_local = os.path.isdir(args.vae)
     meta = {"name": os.path.basename(os.path.normpath(args.images)), "classes": source.classes,
             "image_size": args.size, "codec": os.path.abspath(args.vae) if is_local else args.vae,
-            "codec_weights": weights_hash(codec.vae), "scale": codec.scale, "shift": codec.shift,
+            "codec_weights": codec.weights, "scale": codec.scale, "shift": codec.shift,
             "x_channels": codec.channels, "x_has_std": codec.has_std, "settings": settings}
     meta = describe(out, meta, pcas, bad.tolist())
     check_rms(np.square(meta["x_rms"]), codec)
     if not np.isfinite(meta["z_rms"]).all():
         raise UserError("the features hold NaN or infinity; remove "
                         f"{out} and prepare it again with --no-bf16")
-    write_json(f"{out}/meta.json", meta)
-    for name in os.listdir(out):
-        of_a_stop = name == "skipped.txt" and not len(bad)
-        if name in ("progress.json", "status.npy") or name.startswith("moments_") or of_a_stop:
-            os.remove(f"{out}/{name}")
-    prepared = Prepared(out)
-    numbers = prepared.examples(10)
-    rows = prepared.rows(numbers.numpy())
+    good = np.flatnonzero(status == 1)
+    rows = good[((np.arange(10) + 0.5) * len(good) / 10).astype(int)]
+    x, z, _ = (np.load(f"{out}/{name}.npy", mmap_mode="r") for name in "xzy")
     originals = [load_image(os.path.join(os.fsencode(args.images), source.files[row]), args.size)
                  for row in rows]
-    pictures = decode(prepared.batch(numbers)[0], meta, source.device)
-    z_maps = pca.colours(prepared.z[rows], meta["z_std"])
-    contact_sheet([originals, pictures, z_maps], 10, 128).save(f"{out}/sheet.png")
+    raw = torch.from_numpy(x[rows][:, :codec.channels]).to(source.device).float()
+    pictures = [to_images(codec.decode(part))[0]
+                for part in scaled(raw, codec.scale, codec.shift).split(1)]
+    picture = contact_sheet([originals, pictures, pca.colours(z[rows], meta["z_std"])], 10, 128)
+    pca.write_whole(f"{out}/sheet.png", lambda file: picture.save(file, "PNG"))
+    if not len(bad) and os.path.exists(f"{out}/skipped.txt"):
+        os.remove(f"{out}/skipped.txt")                    # of an earlier attempt
+    write_json(f"{out}/meta.json", meta)
+    clear_up(out)
     size = sum(os.path.getsize(f"{out}/{name}.npy") for name in "xzy") / len(status)
-    print(f"{out}: {prepared.n:,} images of {len(source.classes) or 'no'} classes, "
+    print(f"{out}: {len(good):,} images of {len(source.classes) or 'no'} classes, "
           f"{size / 1e3:.1f} kB each; {len(bad)} files skipped"
           f"{f', see {out}/skipped.txt' * bool(len(bad))}; {out}/sheet.png shows images, decoded "
           "latents and features")
+
+
+def clear_up(out):
+    """Remove what only an unfinished folder needs."""
+    for name in os.listdir(out):
+        if name in ("progress.json", "status.npy") or name.startswith("moments_"):
+            os.remove(f"{out}/{name}")
 
 
 def digits():
@@ -880,7 +949,7 @@ def describe(folder, meta, fitted, bad_rows=()):
         "z_std": [std for each in fitted for std in each.z_std.tolist()],
         "z_rms": np.sqrt(square["z"]).tolist(), "pca_scale": fitted[0].scale,
         "encoders": [{"encoder": each.encoder, "weights": each.weights, "d": len(each.mean),
-                      "pca": name} for each, name in zip(fitted, names)],
+                      "pca": name, "scale": each.scale} for each, name in zip(fitted, names)],
         "arrays": arrays, "versions": {name: importlib.metadata.version(name) for name in packages}}
 
 
@@ -965,7 +1034,7 @@ class Prepared:
         if self.has_std:
             x, std = x.chunk(2, 1)
             x = x if eps is None else x + std * eps
-        x = (x - per_channel(self.meta["shift"], x)) * per_channel(self.meta["scale"], x)
+        x = scaled(x, self.meta["scale"], self.meta["shift"])
         return x, resize_z(z.float(), x.shape[-1]) if self.r else None, y
 
     def batch(self, numbers, device="cpu", eps=None):

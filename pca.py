@@ -18,6 +18,15 @@ import numpy as np
 DINOV2 = "vit_base_patch14_reg4_dinov2.lvd142m"      # timm's name of the paper's encoder
 
 
+def write_whole(path, write):
+    """write(file), in such a way that path holds the old content or the new, never a part."""
+    with open(f"{path}.part", "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.part", path)
+
+
 class Moments:
     """Count, mean and covariance of rows seen so far. Memory is d^2 doubles, whatever the count."""
     def __init__(self, d):
@@ -86,9 +95,7 @@ class PCA:
 
     def save(self, path):
         """Write the .npz, whole or not at all."""
-        with open(f"{path}.part", "wb") as file:
-            np.savez(file, **dataclasses.asdict(self))
-        os.replace(f"{path}.part", path)
+        write_whole(path, lambda file: np.savez(file, **dataclasses.asdict(self)))
 
 
 def fit(moments, k, scale=1.0, encoder="", weights=""):
@@ -147,8 +154,8 @@ class _OfficialUnpickler(pickle.Unpickler):
         return self.admitted[f"{module}.{name}"]
 
 
-def from_official(path):
-    """The PCA of the authors' dino_pca_model.pth, scale 1: z is theirs. FileNotFoundError or
+def from_official(path, scale=1.0):
+    """The PCA of the authors' dino_pca_model.pth; with scale 1 z is theirs. FileNotFoundError or
     ValueError says what is wrong with it."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"no file at {path}")
@@ -171,8 +178,8 @@ def from_official(path):
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not the authors' PCA file ({reason})") from None
     # they centre twice, before and after the division: ((f - mean) / std - centre) @ components.T
-    return PCA(mean + std * centre, std, components, variance, float(variance.sum()), n, 1.0,
-               DINOV2)
+    return PCA(mean + std * centre, std, components, variance, float(variance.sum()), n,
+               float(scale), DINOV2)
 
 
 def colours(z, z_std):
@@ -220,7 +227,7 @@ def main(args):
         for path, pca in data.fit_folder(args).items():
             show(path, pca)
     elif args.from_official:
-        pca = from_official(args.from_official)
+        pca = from_official(args.from_official, args.pca_scale or 1.0)
         pca.save(args.out)
         show(args.out, pca.first(args.r_keep))
         print(f"{args.out} keeps them all; use it with: python data.py --images DIR --pca "
@@ -254,7 +261,8 @@ def feature_flags(p):
                         "model's own normalisation and the input's pixels. Given several times: "
                         "once for each encoder")
     flag("pca_images", 76_800, "random images that the PCA is fitted on at most")
-    flag("pca_scale", 1.0, "number that z is multiplied with; 1 is the paper's")
+    p.add_argument("--pca_scale", type=float, help="number that z is multiplied with (default: 1, "
+                                                   "the paper's; with --pca, that file's)")
     flag("r_keep", 16, "components kept of each encoder; train.py --r takes the first of them")
     p.add_argument("--batch_size", type=int, help="images that a network sees at once (default: 32 "
                                                   "on a GPU, 4 on a CPU, where it is the fastest)")

@@ -290,8 +290,8 @@ def parser():
                    help="for SiT sde (Euler-Maruyama, the default) or euler (ODE); for DiT ddpm")
     p.add_argument("--steps", type=int, help="network calls per image (default: the training run's "
                                              "--sample_steps: 250, for digits 40)")
-    p.add_argument("--vae", help="codec that decodes, hub name or local folder (default: the one that "
-                                 "made the training data)")
+    p.add_argument("--vae", help="codec that decodes, hub name or local folder (default: the one "
+                                 "that made the training data)")
     flag("w_cfg", 1.0, "weight of classifier-free guidance, 1 is off")
     flag("w_r", 1.0, "weight of representation guidance, 1 is off")
     flag("cfg_on", "x", "what w_cfg guides: x, or x and z", choices=["x", "both"])

@@ -562,7 +562,7 @@ def test_features_are_timms_patch_tokens_on_its_own_normalisation(photos):
                             pretrained=True, num_classes=0, pretrained_cfg_overlay={
                                 "file": str(photos / "encoder.safetensors")}).eval()
     with torch.no_grad():
-        tokens = net.forward_features(inputs)[:, 5:]                     # 1 class token, 4 registers
+        tokens = net.forward_features(inputs)[:, 5:]              # 1 class token, 4 registers
     theirs = tokens.transpose(1, 2).reshape(1, 48, 2, 2)
     assert encoder.features(images).allclose(theirs, atol=1e-4) and theirs.std() > 0.1
 
@@ -595,7 +595,8 @@ def test_z_is_the_pca_of_the_features_of_all_images(photos, prepared):
     encoder = data.Encoder(ENCODER.split()[0], 32, None, str(photos / "encoder.safetensors"),
                            {"depth": 2, "embed_dim": 48, "num_heads": 3})
     files, _, _ = data.list_images(str(photos / "photos"))
-    images = np.stack([data.load_image(photos / "photos" / os.fsdecode(file), 32) for file in files])
+    images = np.stack([data.load_image(photos / "photos" / os.fsdecode(file), 32)
+                       for file in files])
     f = encoder.features(data.from_uint8(torch.from_numpy(images).permute(0, 3, 1, 2)))
     f = f.permute(0, 2, 3, 1).double().numpy()                           # (11, 2, 2, 48)
     rows = (f - f.mean((0, 1, 2))) / f.std((0, 1, 2))
@@ -634,8 +635,7 @@ def killed_at(photos, out, calls, rank=0, n_ranks=1, port=0):
         def write_or_die(path, start, rows):
             left[0] -= 1
             if left[0] == 0:
-                half = np.full_like(rows, 7)                             # torn: the half of it, wrong
-                write(path, start, half[:len(half) // 2])
+                write(path, start, np.full_like(rows[:len(rows) // 2], 7))   # torn, and wrong
                 os.kill(os.getpid(), signal.SIGKILL)
             write(path, start, rows)
 
@@ -731,7 +731,7 @@ def test_what_is_there_stays_when_settings_differ(photos, prepared, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--images nowhere", "nowhere is no folder"), ("--size 40", "multiple of 16"),
+    ("--images nowhere", "nowhere is no folder"), ("--size 36", "multiple of 8"),
     ("--vae nowhere", "--vae nowhere"), ("--encoder resnetx", "--encoder resnetx"),
     ("--encoder_weights nowhere.pth", "nowhere.pth: no such file"), ("--r_keep 49", "48 channels"),
     ("--encoder_layer 7", "cannot be used so"), ("--encoder_layer top", "a number from 0"),
@@ -789,6 +789,22 @@ def test_prepared_photos_train_and_sample_through_their_codec(photos, prepared, 
     assert (tmp_path / "out/sheet.png").exists()
     with pytest.raises(data.UserError, match="--vae nowhere"):
         main(sample, f"--ckpt {tmp_path / 'out/ckpt.pt'} --vae nowhere --out {tmp_path / 'none'}")
+
+
+def test_x_is_drawn_anew_at_every_step(photos, prepared, tmp_path, monkeypatch):
+    drawn, unpack = [], data.Prepared.unpack
+
+    def spy(self, stored, device, eps):
+        drawn.append(eps)
+        return unpack(self, stored, device, eps)
+
+    monkeypatch.setattr(data.Prepared, "unpack", spy)
+    main(train, f"--data {photos / 'prepared'} --model SiT-T/2 --r 4 --steps 3 --batch_size 4 "
+                f"--sample_steps 2 --out {tmp_path}")
+    net = tiny(r=4, x_channels=4)
+    expected = [train.draw(0, step, 4, net, from_codec=True)[-1] for step in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(drawn, expected)) and len(drawn) == 3
+    assert not torch.equal(drawn[0], drawn[1])
 
 
 def test_opening_and_reading_cost_the_same_for_a_million_images(prepared, tmp_path):
@@ -906,7 +922,7 @@ def test_the_authors_file_cannot_run_code(tmp_path):
             return os.mkdir, (str(tmp_path / "evil"),)
 
     torch.save({"pca_model": Evil(), "mean": 0, "std": 1}, tmp_path / "evil.pth")
-    for content, words in ((None, "posix.mkdir, which is not admitted"), (b"PK", "evil.pth is not")):
+    for content, words in ((None, "mkdir, which is not admitted"), (b"PK", "evil.pth is not")):
         if content:
             (tmp_path / "evil.pth").write_bytes(content)
         with pytest.raises(ValueError, match=words):
@@ -1508,6 +1524,57 @@ def test_restart_keeps_the_old_run(workdir, tmp_path, monkeypatch):
     assert not (tmp_path / "ckpt.pt").exists() and not (tmp_path / "log.jsonl").exists()
     assert (tmp_path / "ckpt.pt.old").read_bytes() == b"old"
     assert (tmp_path / "log.jsonl.old").read_text() == "old"
+
+
+@needs_shared
+@pytest.mark.slow
+def test_the_default_route_on_64_photographs(tmp_path):
+    """SD-VAE's and DINOv2-B's architectures, with random weights in the hubs' formats, against
+    diffusers' and timm's own pipelines."""
+    import diffusers
+    import safetensors.torch
+    import timm
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(                                       # sd-vae-ft-ema's config
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4).eval()
+    vae.save_pretrained(tmp_path / "vae")
+    dino = timm.create_model(pca.DINOV2)                                 # 518 pixels, as on the hub
+    for name, p in dino.named_parameters():
+        p.data += 0.02 * normal(*p.shape, seed=p.numel() % 1000)
+    safetensors.torch.save_file(dino.state_dict(), tmp_path / "dino.safetensors")
+    chosen = sorted((SHARED / "imagenette/val").rglob("*.JPEG"))[::61][:64]
+    for path in chosen:
+        target = tmp_path / "images" / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(path)
+    command = (f"data.py --images images --out out --vae vae --encoder_weights {tmp_path}/"
+               "dino.safetensors")
+    error = run(command, tmp_path, ok=False)                             # a random VAE's scale
+    assert "have RMS" in error
+    run(command + " --vae_scale " + error.split("--vae_scale ")[1].split()[0], tmp_path)
+    ours = data.Prepared(str(tmp_path / "out"))
+    assert ours.x.shape == (64, 8, 32, 32) and ours.z.shape == (64, 16, 16, 16)
+    bytes_an_image = sum((tmp_path / f"out/{name}.npy").stat().st_size for name in "xzy") / 64
+    assert bytes_an_image < 25_000
+    row, path = 10, sorted((tmp_path / "images").rglob("*.JPEG"))[10]
+    image = Image.fromarray(data.load_image(path, 256))
+    processor = diffusers.image_processor.VaeImageProcessor()
+    with torch.no_grad():
+        posterior = vae.encode(processor.preprocess(image)).latent_dist
+    mean, std = torch.from_numpy(ours.x[row].astype(np.float32)).chunk(2)
+    assert mean.allclose(posterior.mean[0], atol=1e-3 * posterior.mean.std().item(), rtol=2e-3)
+    assert std.allclose(posterior.std[0], atol=1e-3, rtol=2e-3)
+    net = timm.create_model(pca.DINOV2, img_size=224, num_classes=0, pretrained=True,
+                            pretrained_cfg_overlay={"file": f"{tmp_path}/dino.safetensors"}).eval()
+    config = timm.data.resolve_model_data_config(net)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    inputs = torch.nn.functional.interpolate((pixels - mean) / std, 224, mode="bicubic")
+    with torch.no_grad():
+        tokens = net.forward_features(inputs)[0, net.num_prefix_tokens:].double().numpy()
+    z = pca.load(str(tmp_path / "out/pca.npz")).project(tokens).T.reshape(16, 16, 16)
+    assert np.abs(z - ours.z[row]).max() < 0.02 and z.std() > 1
 
 
 @pytest.mark.slow

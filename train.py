@@ -23,6 +23,7 @@ from tqdm import tqdm
 import data
 import model
 import sample
+from pca import write_whole
 
 # What a run uses unless a flag says otherwise. PAPER: ReDi's and SiT's values; DIGITS: size T on
 # digits. ema: decay per step; sample_steps: network calls per image; *_every: steps.
@@ -170,15 +171,6 @@ def truncate_log(path, step):
     write_whole(path, lambda file: file.write("".join(kept).encode()))
 
 
-def write_whole(path, write):
-    """write(file), in such a way that path holds the old content or the new, never a part."""
-    with open(path + ".part", "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".part", path)
-
-
 def save_checkpoint(out, checkpoint):
     """out/ckpt.pt, as sample.load_checkpoint describes it; what was there becomes ckpt_prev.pt."""
     path, new = f"{out}/ckpt.pt", f"{out}/ckpt_new.pt"
@@ -216,8 +208,11 @@ def finish(ema, settings, meta, out, device):
         text = json.dumps(results, indent=1).encode()
         write_whole(f"{out}/results.json", lambda file: file.write(text))
         print("\n".join(f"{name:32s} {value:.2f}" for name, value in metrics.items()))
-    preview(ema, settings, meta, device, f"{out}/sheet.png")
-    print(f"{out}/sheet.png: generated images above their feature maps")
+    try:
+        preview(ema, settings, meta, device, f"{out}/sheet.png")
+        print(f"{out}/sheet.png: generated images above their feature maps")
+    except data.UserError as error:                                  # no codec: nothing is lost
+        print(f"{out}/ckpt.pt is complete, but there is no sheet.png: {error}")
 
 
 def stop_if_not_finite(watched):
