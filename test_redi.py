@@ -3,6 +3,7 @@
     pytest                                   # CPU, no network
     python test_redi.py ReDi DiT             # records the peers' numbers anew, from their clones
 """
+import errno
 import hashlib
 import importlib.util
 import json
@@ -715,6 +716,102 @@ def test_bad_files_are_skipped_named_and_never_trained_on(photos, tmp_path, caps
     assert np.abs(ours.x[rows].astype(float) - good.x).max() < 0.01
 
 
+def test_a_mended_file_is_read_when_the_run_goes_on(photos, tmp_path):
+    shutil.copytree(photos / "bad", tmp_path / "images")
+    with pytest.raises(data.UserError, match="3 of 14"):
+        prepare(photos, tmp_path / "out", "--max_bad 0.1", f"--images {tmp_path / 'images'}")
+    for name in BAD[:2]:
+        shutil.copy(photos / "photos/a/00.JPEG", tmp_path / "images" / name)
+    ours = prepare(photos, tmp_path / "out", "--max_bad 0.1", f"--images {tmp_path / 'images'}")
+    assert ours.meta["bad_rows"] == [10] and np.abs(ours.x[4].astype(float) - ours.x[0]).max() < 0.01
+    assert len((tmp_path / "out/skipped.txt").read_text().splitlines()) == 1
+
+
+def test_trouble_of_the_disk_is_no_bad_file(photos, tmp_path, monkeypatch):
+    load = data.load_image
+
+    def busy(path, size):
+        if os.fsencode(path).endswith(b"04.JPEG"):
+            raise OSError(errno.EIO, "Input/output error")
+        return load(path, size)
+
+    monkeypatch.setattr(data, "load_image", busy)
+    with pytest.raises(data.UserError, match="Input/output error.*goes on where it was"):
+        prepare(photos, tmp_path / "out", "--max_bad 1")
+    monkeypatch.undo()
+    assert prepare(photos, tmp_path / "out", "--max_bad 1").n == 11
+
+
+def test_dying_while_it_finishes_loses_nothing(photos, prepared, tmp_path, monkeypatch):
+    """A disk that is full for the picture, for meta.json, or after it."""
+    write = pca.write_whole
+
+    def full_at(name):
+        def write_or_fail(path, what):
+            if path.endswith(name):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write(path, what)
+        return write_or_fail
+
+    for name in ("pca.npz", "sheet.png", "meta.json"):
+        monkeypatch.setattr(pca, "write_whole", full_at(name))
+        with pytest.raises(data.UserError, match="No space left.*goes on where it was"):
+            prepare(photos, tmp_path / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "clear_up", lambda out: os.kill(0, 0))     # killed after meta.json
+    prepare(photos, tmp_path / "out")
+    monkeypatch.undo()
+    prepare(photos, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "x.npy", "z.npy", "y.npy", "meta.json", "pca.npz", "sheet.png"}
+    assert content(tmp_path / "out") == content(photos / "prepared")
+
+
+def test_weights_that_do_not_fit_are_refused(photos, tmp_path):
+    """Neither timm without a head nor diffusers would say so: the rest would stay random."""
+    import safetensors.torch
+    import timm
+    weights = timm.create_model("mobilenetv2_050").state_dict()
+    del weights["blocks.0.0.conv_dw.weight"]
+    torch.save(weights, tmp_path / "encoder.pth")
+    with pytest.raises(data.UserError, match="blocks.0.0.conv_dw.weight") as error:
+        data.Encoder("mobilenetv2_050", 32, 3, str(tmp_path / "encoder.pth"))
+    assert "\n" not in str(error.value)
+    shutil.copytree(photos / "vae", tmp_path / "vae")
+    path = tmp_path / "vae/diffusion_pytorch_model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    del weights["decoder.conv_out.weight"]
+    safetensors.torch.save_file(weights, path, {"format": "pt"})
+    with pytest.raises(data.UserError, match="lack or do not fit decoder.conv_out.weight"):
+        data.Codec(str(tmp_path / "vae"))
+
+
+def test_a_codec_that_changed_or_went_is_refused_but_training_ends_well(
+        photos, prepared, tmp_path, capsys):
+    meta = prepared.meta | {"codec_weights": "another"}
+    with pytest.raises(data.UserError, match="not the one that made the data.*--vae"):
+        data.codec_of(meta)
+    gone = tmp_path / "prepared"
+    shutil.copytree(photos / "prepared", gone)
+    (gone / "meta.json").write_text(json.dumps(prepared.meta | {"codec": "gone"}))
+    main(train, f"--data {gone} --model SiT-T/2 --r 4 --steps 2 --batch_size 4 --sample_steps 2 "
+                f"--preview_every 1 --out {tmp_path / 'out'}")
+    shown = capsys.readouterr()
+    assert "no preview: --vae gone" in shown.out + shown.err
+    assert "is complete, but there is no sheet.png" in shown.out
+
+
+def test_links_in_a_circle_are_followed_once(photos, tmp_path):
+    shutil.copytree(photos / "photos", tmp_path / "images")
+    (tmp_path / "images/a/self").symlink_to(tmp_path / "images/a")
+    (tmp_path / "images/d").symlink_to(photos / "photos/b")
+    (tmp_path / "images/a/broken.png").symlink_to("nowhere")
+    files, _, classes = data.list_images(str(tmp_path / "images"))
+    assert len(files) == 11 + 4 + 1 and classes == ["a", "b", "c", "d"]
+    with pytest.raises(data.UserError, match="is inside --images"):
+        prepare(photos, tmp_path / "images/out", f"--images {tmp_path / 'images'}")
+
+
 def test_what_is_there_stays_when_settings_differ(photos, prepared, tmp_path):
     before = content(photos / "prepared")
     for flags, words in [("--size 64", "another --size: 32, now 64"),
@@ -759,8 +856,14 @@ def test_a_full_disk_is_found_out_before_the_work(photos, tmp_path, monkeypatch)
 
 def test_a_fitted_pca_is_used_as_it_is(photos, prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(data.Source, "fit_pcas", None)                   # must not be called
-    ours = prepare(photos, tmp_path / "out", f"--pca {photos / 'prepared/pca.npz'}", "--r_keep 4")
+    given = f"--pca {photos / 'prepared/pca.npz'} --r_keep 4"
+    ours = prepare(photos, tmp_path / "out", given)
     assert np.array_equal(ours.z, prepared.z[:, :4])
+    with pytest.raises(data.UserError, match="another --pca_scale"):
+        prepare(photos, tmp_path / "out", given, "--pca_scale 2")
+    twice = prepare(photos, tmp_path / "twice", given, "--pca_scale 2")
+    assert np.abs(twice.z.astype(float) - 2 * ours.z.astype(float)).max() < 0.02
+    assert twice.meta["pca_scale"] == 2 and twice.meta["z_std"][0] == 2 * ours.meta["z_std"][0]
 
 
 def test_several_encoders_share_z(photos, prepared, tmp_path):
@@ -1124,14 +1227,24 @@ def same_weights(out_1, out_2):
                for part in ("net", "ema") for name in one[part])
 
 
-def test_a_run_that_was_killed_goes_on_bit_for_bit(workdir, tmp_path):
+@pytest.fixture
+def one_thread():
+    """As run() computes: sums of other threads are other bits."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+def test_a_run_that_was_killed_goes_on_bit_for_bit(workdir, tmp_path, monkeypatch, one_thread):
     """Killed while it saved step 8: the log goes beyond step 4's checkpoint, its end is torn."""
     for file in ("ckpt_prev.pt", "log.jsonl"):
         (tmp_path / file).write_bytes((workdir / "out" / file).read_bytes())
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 3}')                                        # its line end is missing
     assert sample.load_checkpoint(str(tmp_path / "ckpt_prev.pt"))["step"] == 4
-    run(f"train.py --out {tmp_path}", workdir)
+    monkeypatch.chdir(workdir)
+    main(train, f"--out {tmp_path}")
     assert losses(tmp_path) == losses(workdir / "out") and len(losses(tmp_path)) == 4
     assert same_weights(tmp_path, workdir / "out")
 
@@ -1400,7 +1513,7 @@ def test_the_judges_read_real_digits_and_not_noise():
 
 # command lines, as a user types them
 
-def test_train_writes_what_the_readme_says(workdir):
+def test_train_writes_what_the_readme_says(workdir, monkeypatch):
     out = workdir / "out"
     assert {path.name for path in out.iterdir()} == {
         "ckpt.pt", "ckpt_prev.pt", "log.jsonl", "sheet.png", "results.json"}
@@ -1409,8 +1522,9 @@ def test_train_writes_what_the_readme_says(workdir):
     assert {"loss", "loss_x", "loss_z", "loss_q0", "loss_q3"} <= set(lines[0])
     results = json.loads((out / "results.json").read_text())
     assert results["n_images"] == 1000 and results["frechet_pixels_1000_vs_179"] > 0
-    error = run("train.py", workdir, ok=False)
-    assert error.splitlines()[-1].startswith("error: out is done") and "--steps" in error
+    monkeypatch.chdir(workdir)
+    with pytest.raises(data.UserError, match="out is done.*--steps"):
+        main(train, "")
 
 
 def test_sample_writes_a_sheet_and_adms_layout(workdir, capsys):
@@ -1419,7 +1533,8 @@ def test_sample_writes_a_sheet_and_adms_layout(workdir, capsys):
         assert file["arr_0"].dtype == np.uint8 and file["arr_0"].shape == (60, 8, 8, 3)
         assert file["y"].shape == (60,) and file["z"].shape == (60, 4, 8, 8)
     assert (workdir / "samples/sheet.png").exists()
-    shown = run("fid.py samples/samples.npz digits", workdir)
+    main(fid, f"{workdir}/samples/samples.npz digits")
+    shown = capsys.readouterr().out
     assert "frechet_classifier_60_vs_179" in shown and "read_as_asked_percent" in shown
     main(fid, f"{workdir}/samples/samples.npz {workdir}/samples/samples.npz")
     assert capsys.readouterr().out.split()[-2:] == ["frechet_pixels_60_vs_60", "0.000"]
@@ -1458,7 +1573,7 @@ def broken(workdir):
 @pytest.mark.parametrize("command, words", [
     ("sample.py --ckpt truncated.pt", "damaged"),
     ("train.py --seed 5", "contradicts"),
-    ("fid.py nowhere.npz digits", "no images at nowhere.npz")])
+    ("data.py --images nowhere", "nowhere is no folder")])
 def test_a_mistake_is_one_line_on_stderr_and_overwrites_nothing(broken, command, words):
     folder, content = broken
     before = content()
