@@ -575,6 +575,8 @@ def prepare_or_resume(args):
             clear_up(out)
             print(f"{out} is there already, prepared with these settings")
         return
+    if source.rank == 0 and not os.path.exists(f"{out}/progress.json"):
+        check_scale(source, codec)
     if source.n_ranks > 1:                                 # the slowest may take hours longer
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     n, x_size = len(source.files), args.size // codec.factor
@@ -700,17 +702,8 @@ def write_rows(path, start, rows):
 
 
 def encode_all(source, codec, pcas, out):
-    """Fill x.npy, z.npy and status.npy. UserError if too many images cannot be read, or the scaled
-    latents are out of range."""
+    """Fill x.npy, z.npy and status.npy. UserError if too many images cannot be read."""
     status = np.load(f"{out}/status.npy", mmap_mode="r")
-    if not status.any():                                   # a wrong scale is found out at once
-        some = source.batches(source.random_rows()[:16])
-        with source.autocast():
-            x = [codec.encode(source.to_device(images[good])) for _, images, good in some.loader(0)
-                 if good.any()]
-        if x:
-            x = torch.cat(x).cpu().numpy()
-            check_rms(mean_square(x, codec.has_std, codec.scale, codec.shift), codec)
     batches = source.batches(np.arange(len(status)))
     todo = [b for b, rows in enumerate(batches.batches) if (status[rows] != 1).any()]
     barrier()                                              # all have seen the same status
@@ -755,6 +748,17 @@ def on_device(fitted, device):
     return dataclasses.replace(fitted, **{
         name: torch.tensor(getattr(fitted, name), dtype=torch.float32, device=device)
         for name in ("mean", "std", "components")})
+
+
+def check_scale(source, codec, n=16):
+    """UserError if n random images show that the codec's scale is wrong: at once, not at the end."""
+    batches = source.batches(source.random_rows()[:n]).loader(workers=0)
+    with source.autocast():
+        x = [codec.encode(source.to_device(images[good])) for _, images, good in batches
+             if good.any()]
+    if x:
+        x = torch.cat(x).cpu().numpy()
+        check_rms(mean_square(x, codec.has_std, codec.scale, codec.shift), codec)
 
 
 def check_rms(square, codec, least=0.5, most=2.0):

@@ -546,7 +546,8 @@ def test_a_wrong_latent_scale_stops_the_run_and_names_the_right_one(photos, tmp_
     with pytest.raises(data.UserError, match="have RMS .*--vae_scale") as error:
         prepare(photos, tmp_path / "out", "--vae_scale 9")
     better = str(error.value).split("--vae_scale ")[1].split()[0]
-    rms = prepare(photos, tmp_path / "new", "--vae_scale", better).meta["x_rms"]
+    assert not (tmp_path / "out").exists()
+    rms = prepare(photos, tmp_path / "out", "--vae_scale", better).meta["x_rms"]
     assert np.sqrt(np.square(rms).mean()) == pytest.approx(1, abs=0.1)
 
 
@@ -723,7 +724,8 @@ def test_a_mended_file_is_read_when_the_run_goes_on(photos, tmp_path):
     for name in BAD[:2]:
         shutil.copy(photos / "photos/a/00.JPEG", tmp_path / "images" / name)
     ours = prepare(photos, tmp_path / "out", "--max_bad 0.1", f"--images {tmp_path / 'images'}")
-    assert ours.meta["bad_rows"] == [10] and np.abs(ours.x[4].astype(float) - ours.x[0]).max() < 0.01
+    assert ours.meta["bad_rows"] == [10]
+    assert np.abs(ours.x[4].astype(float) - ours.x[0]).max() < 0.01
     assert len((tmp_path / "out/skipped.txt").read_text().splitlines()) == 1
 
 
