@@ -442,10 +442,10 @@ def photos(tmp_path_factory):
     return folder
 
 
-def prepare(photos, out, *more, images="photos"):
+def prepare(photos, out, *more, images="photos", kwargs=ENCODER.partition(" ")[2]):
     """python data.py --images ... in this process, which has torch, timm and diffusers by now."""
     flags = (f"--images {photos / images} --out {out} --size 32 --vae {photos / 'vae'} --encoder "
-             f"{ENCODER} --encoder_weights {photos / 'encoder.safetensors'} --r_keep 6 "
+             f"{ENCODER.split()[0]} {kwargs} --encoder_weights {photos / 'encoder.safetensors'} --r_keep 6 "
              "--batch_size 4 --workers 0 --vae_scale 1.5")
     data.main(data.parser().parse_args(flags.split() + " ".join(more).split()))
     return data.Prepared(str(out))
@@ -881,6 +881,19 @@ def test_several_encoders_share_z(photos, prepared, tmp_path):
     assert four.read(torch.tensor([2]))[1].float().equal(stored)
     with pytest.raises(data.UserError, match="multiple of 2"):
         data.Prepared(str(tmp_path / "out"), 3)
+
+
+def test_encoders_of_other_grids_are_resized_to_the_firsts(photos, prepared, tmp_path):
+    import timm
+    torch.save(timm.create_model("mobilenetv2_050").state_dict(), tmp_path / "mobilenet.pth")
+    ours = prepare(photos, tmp_path / "out", f"--encoder {ENCODER.split()[0]} mobilenetv2_050 "
+                   f"--encoder_weights {photos / 'encoder.safetensors'} {tmp_path}/mobilenet.pth "
+                   "--encoder_layer last 2 --encoder_kwargs")             # 2 x 2 and 4 x 4
+    alone = prepare(photos, tmp_path / "alone", "--encoder mobilenetv2_050 --encoder_layer 2 "
+                    f"--encoder_weights {tmp_path}/mobilenet.pth", kwargs="")
+    assert alone.z.shape == (11, 6, 4, 4) and np.array_equal(ours.z[:, :6], prepared.z)
+    means = alone.z.astype(float).reshape(11, 6, 2, 2, 2, 2).mean((3, 5))  # bilinear, halved
+    assert np.abs(ours.z[:, 6:] - means).max() < 0.02
 
 
 @pytest.mark.parametrize("fusion", model.FUSIONS)
