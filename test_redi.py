@@ -293,12 +293,12 @@ def workdir(tmp_path_factory):
     return folder
 
 
-def run(command, folder, ok=True, launcher=(sys.executable,)):
+def run(command, folder, ok=True, launcher=(sys.executable,), threads=1):
     """The command as a user types it in `folder`; its stdout, or if not ok its stderr."""
     script, *flags = command.split()
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     result = subprocess.run([*launcher, str(HERE / script), *flags], cwd=folder, env=env,
-                            capture_output=True, text=True, timeout=600)
+                            capture_output=True, text=True, timeout=1200)
     assert (result.returncode == 0) == ok, result.stdout + result.stderr
     return result.stdout if ok else result.stderr
 
@@ -721,11 +721,11 @@ def test_a_mended_file_is_read_when_the_run_goes_on(photos, tmp_path):
     shutil.copytree(photos / "bad", tmp_path / "images")
     with pytest.raises(data.UserError, match="3 of 14"):
         prepare(photos, tmp_path / "out", "--max_bad 0.1", f"--images {tmp_path / 'images'}")
-    for name in BAD[:2]:
+    for name in BAD[1:]:                                                 # the first is still bad
         shutil.copy(photos / "photos/a/00.JPEG", tmp_path / "images" / name)
     ours = prepare(photos, tmp_path / "out", "--max_bad 0.1", f"--images {tmp_path / 'images'}")
-    assert ours.meta["bad_rows"] == [10]
-    assert np.abs(ours.x[4].astype(float) - ours.x[0]).max() < 0.01
+    assert ours.meta["bad_rows"] == [4]
+    assert np.abs(ours.x[9].astype(float) - ours.x[0]).max() < 0.01
     assert len((tmp_path / "out/skipped.txt").read_text().splitlines()) == 1
 
 
@@ -1680,9 +1680,10 @@ def test_the_default_route_on_64_photographs(tmp_path):
         target.symlink_to(path)
     command = (f"data.py --images images --out out --vae vae --encoder_weights {tmp_path}/"
                "dino.safetensors")
-    error = run(command, tmp_path, ok=False)                             # a random VAE's scale
+    error = run(command, tmp_path, ok=False, threads=os.cpu_count())     # a random VAE's scale
     assert "have RMS" in error
-    run(command + " --vae_scale " + error.split("--vae_scale ")[1].split()[0], tmp_path)
+    better = error.split("--vae_scale ")[1].split()[0]
+    run(f"{command} --vae_scale {better}", tmp_path, threads=os.cpu_count())
     ours = data.Prepared(str(tmp_path / "out"))
     assert ours.x.shape == (64, 8, 32, 32) and ours.z.shape == (64, 16, 16, 16)
     bytes_an_image = sum((tmp_path / f"out/{name}.npy").stat().st_size for name in "xzy") / 64
