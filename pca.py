@@ -247,7 +247,8 @@ def feature_flags(p):
 
     p.add_argument("--images", metavar="DIR", help="images in class subfolders, or flat (no "
                                                    "classes); whatever Pillow reads")
-    flag("size", 256, "pixels a side after ADM's centre crop, a multiple of 16")
+    flag("size", 256, "pixels a side after ADM's centre crop; a multiple of twice the codec's "
+                      "factor, so 16 for SD-VAE")
     flag("encoder", [DINOV2], "timm models; several make one z, each with its own PCA", nargs="+",
          type=str)
     p.add_argument("--encoder_layer", nargs="+", metavar="K", default=["last"],
