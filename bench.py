@@ -7,6 +7,8 @@ Runs go to runs/digits/NAME, rows to runs/digits/rows.jsonl. Killed, it continue
 not computed again.
 """
 import argparse
+import copy
+import importlib.util
 import json
 import os
 import platform
@@ -15,13 +17,17 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import fid
 import model
+import pca
 import sample
 import train
 
@@ -125,7 +131,7 @@ def read_and_write_ours(args, folder):
             for shape in shapes.values())
     for rows, images, good in batches.loader(args.workers):
         data.from_uint8(images.permute(0, 3, 1, 2))
-        data.write_block(folder, rows.numpy(), x, z, good.numpy())
+        data.write_block(folder, rows.numpy(), {"x": x, "z": z}, good.numpy())
     seconds = time.perf_counter() - start
     return len(files) / seconds, folder_size(folder) / len(files)
 
@@ -181,6 +187,179 @@ def prepare(args):
               f"{sizes[0]:,.0f} | {sizes[0] * 1_281_167 / 1e9:.1f} |")
 
 
+def random_data(folder, n=1024, r=8):
+    """A prepared folder of random numbers with the shapes of ImageNet's at 256 pixels."""
+    rng = np.random.default_rng(0)
+    for name, array in {"x": rng.normal(size=(n, 8, 32, 32)).astype(np.float16),
+                        "z": rng.normal(size=(n, r, 16, 16)).astype(np.float16),
+                        "y": rng.integers(0, 1000, n)}.items():
+        np.save(f"{folder}/{name}.npy", array)
+    some = pca.Moments(r).update(rng.normal(size=(100, r)))
+    data.write_json(f"{folder}/meta.json", data.describe(folder, {
+        "name": "random", "classes": [str(i) for i in range(1000)], "image_size": 256,
+        "codec": None, "codec_weights": None, "scale": 0.18215, "shift": 0.0, "x_channels": 4,
+        "x_has_std": True, "settings": {}}, [pca.fit(some, r)]))
+
+
+class Ours:
+    """train.py's own steps, on batches that are assembled ahead as there."""
+    def __init__(self, args, folder, name, fusion):
+        flags = [f"--{flag}={getattr(args, flag)}" for flag in ("batch_size", "micro_batch_size")
+                 if getattr(args, flag)]
+        flags += [f"--{'' if getattr(args, flag) else 'no-'}{flag}" for flag in ("bf16", "compile")]
+        of_run = train.parser().parse_args(["--model", name, "--fusion", fusion, "--data", folder,
+                                            *flags])
+        given = {flag: value for flag, value in vars(of_run).items()
+                 if value is not None and flag not in train.OF_THE_MACHINE}
+        self.trainer, self.check = train.Trainer(train.resolve(given, None), of_run, args.dev), None
+
+    def steps(self, n):
+        trainer = self.trainer
+        for rows, parts in data.prefetch(trainer.assemble, range(trainer.step, trainer.step + n)):
+            loss, t, norm = trainer.gradients(parts)
+            if self.check:
+                self.check.told_to_stop()
+            self.check = train.StepCheck(trainer.step, loss, t, rows, norm, told=False)
+            trainer.update()
+
+    def sample(self, n, calls):
+        """n images of so many network calls, without decoding."""
+        sample.generate(self.trainer.ema, torch.arange(n) % 1000, calls, batch_size=n,
+                        device=self.trainer.device)
+
+
+class Theirs:
+    """The authors' step: their network, loss and averaging, from a clone of zelaki/ReDi, on tensors
+    that lie on the device. encoder: DINOv2 (timm's, random weights) and the PCA run in the step, as
+    in their trainer; without it z is there already."""
+    def __init__(self, args, name, encoder=False):
+        for module, part in (("torchdiffeq", "odeint"), ("diffusers.models", "AutoencoderKL")):
+            parent = module.split(".")[0]
+            if parent not in sys.modules and not importlib.util.find_spec(parent):  # not used here
+                sys.modules[parent] = types.ModuleType(parent)
+                sys.modules[module] = types.ModuleType(module)
+                setattr(sys.modules[module], part, None)
+        if args.official not in sys.path:
+            sys.path.insert(0, args.official)
+        import train_redi as theirs                # allows TF32 for its own matrices: see steps()
+        from transport import create_transport
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        self.theirs, self.transport = theirs, create_transport()
+        self.net = theirs.SiT_models[name](input_size=32, in_channels=12, learn_sigma=False)
+        self.net = self.net.to(args.dev).train()
+        self.ema = copy.deepcopy(self.net).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-4, weight_decay=0)
+        n = args.batch_size
+        self.moments, self.z, self.raw = (torch.randn(n, *shape, device=args.dev) for shape in (
+            (8, 32, 32), (8, 32, 32), (3, 256, 256)))
+        self.y, self.encoder = torch.arange(n, device=args.dev) % 1000, None
+        if encoder:
+            import timm
+            self.encoder = timm.create_model("vit_base_patch14_reg4_dinov2", img_size=224,
+                                             num_classes=0).to(args.dev).eval()
+            self.components = torch.randn(8, 768, device=args.dev)
+
+    def steps(self, n):
+        allowed = torch.backends.cuda.matmul, torch.backends.cudnn
+        for backend in allowed:
+            backend.allow_tf32 = True
+        for _ in range(n):
+            z = self.z
+            if self.encoder:
+                with torch.no_grad():
+                    images = self.theirs.preprocess_raw_image(self.raw)
+                    z = self.encoder.forward_features(images)[:, 5:] @ self.components.T
+                    z = z.transpose(1, 2).reshape(-1, 8, 16, 16)
+                    z = F.interpolate(z, size=(32, 32), mode="bilinear")
+            x = self.theirs.sample_posterior(self.moments, latents_scale=0.18215)
+            losses = self.transport.training_losses(self.net, torch.cat([x, z], 1),
+                                                    {"y": self.y}, dino_drop_prob=0.2)
+            self.optimizer.zero_grad()
+            losses["loss"].mean().backward()
+            self.optimizer.step()
+            self.theirs.update_ema(self.ema, self.net)
+            losses["loss"].mean().item()
+        for backend in allowed:
+            backend.allow_tf32 = False
+
+
+def forward_flop(arch):
+    """FLOP of one image's pass, counted by torch: 2 a multiplication with addition."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        net = model.build(**arch)
+        x_t, z_t = (torch.empty(1, channels, net.x_size, net.x_size) if channels else None
+                    for channels in (net.x_channels, net.r))
+        net(x_t, z_t, torch.empty(1), torch.zeros(1, dtype=torch.long))
+    return counter.get_total_flops()
+
+
+def matmul_peak(device, dtype, size):
+    """FLOP/s of square matrices, the best of five."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return max(2 * size ** 3 / seconds_of(lambda: a @ b, device) for _ in range(6))
+
+
+def seconds_of(work, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def speed(args):
+    """Print training and sampling images/s of every fusion and, given their code, the authors'."""
+    on_gpu = data.pick_device(args.device).type == "cuda"
+    args.dev = data.pick_device(args.device)
+    for name in ("bf16", "compile"):
+        if getattr(args, name) is None:
+            setattr(args, name, on_gpu)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    peak = matmul_peak(args.dev, dtype, 8192 if on_gpu else 2048)
+    print(f"batch {args.batch_size}, 256 tokens, {str(dtype)[6:]}{', compiled' * args.compile}; "
+          f"{args.rounds} alternating rounds of {args.steps} steps; {hardware()}, torch "
+          f"{torch.__version__}, {time.strftime('%Y-%m-%d')}; matrix product "
+          f"{peak / 1e12:.3g} TFLOP/s\n\n| | training images/s: median (least to most) | MFU % | "
+          "ratio | memory GB | sampling images/s |\n|---|---|---|---|---|---|", flush=True)
+    for name in args.models:
+        with tempfile.TemporaryDirectory() as folder:
+            random_data(folder)
+            runs = {fusion: Ours(args, folder, name, fusion) for fusion in args.fusions}
+            if args.official:
+                runs["official"] = Theirs(args, name)
+                if args.encoder:
+                    runs["official, with its encoder"] = Theirs(args, name, encoder=True)
+            rates, memory = {run: [] for run in runs}, {}
+            for i in range(args.rounds + 1):                         # the first warms up
+                for run, of_run in runs.items():
+                    if on_gpu:
+                        torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated() if on_gpu else 0
+                    seconds = seconds_of(lambda: of_run.steps(args.steps), args.dev)
+                    if i:
+                        rates[run].append(args.batch_size * args.steps / seconds)
+                    if on_gpu:                                       # all runs' weights lie there
+                        memory[run] = torch.cuda.max_memory_allocated() - before
+            for run, of_run in runs.items():
+                rate = statistics.median(rates[run])
+                ratio = rate / statistics.median(rates[args.fusions[0]])
+                ours = isinstance(of_run, Ours)
+                flop = forward_flop((of_run if ours else runs[args.fusions[0]]).trainer.arch)
+                sampling = ""
+                if ours:
+                    n = min(args.batch_size, 64)
+                    seconds = min(seconds_of(lambda: of_run.sample(n, 4), args.dev)
+                                  for _ in range(3))
+                    sampling = f"{n / (seconds / 4 * 250):.3g}"
+                print(f"| {name} {run} | {rate:.4g} ({min(rates[run]):.4g} to "
+                      f"{max(rates[run]):.4g}) | {100 * 3 * flop * rate / peak:.1f} | {ratio:.3f} |"
+                      f" {memory[run] / 1e9 if on_gpu else float('nan'):.1f} | {sampling} |",
+                      flush=True)
+            del runs, of_run
+
+
 def main(args):
     args.table(args)
 
@@ -209,6 +388,23 @@ def parser():
     q.add_argument("--rounds", type=int, default=3, help="repetitions (default: %(default)s)")
     q.add_argument("--workers", type=int, default=os.cpu_count(),
                    help="processes that read images (default: %(default)s)")
+    q = tables.add_parser("speed", help="training and sampling images/s", allow_abbrev=False)
+    q.set_defaults(table=speed)
+    q.add_argument("--models", nargs="+", choices=model.NAMES, metavar="MODEL",
+                   default=[f"SiT-{size}/2" for size in ("S", "B", "L", "XL")],
+                   help="default: SiT, patch 2, all published sizes")
+    q.add_argument("--fusions", nargs="+", choices=model.FUSIONS, default=model.FUSIONS,
+                   help="ratios are to the first (default: all)")
+    q.add_argument("--official", metavar="DIR", help="a clone of zelaki/ReDi, to compare with")
+    q.add_argument("--encoder", action=argparse.BooleanOptionalAction, default=True,
+                   help="theirs also with the encoder in the step (default: on)")
+    q.add_argument("--batch_size", type=int, default=256, help="images a step (default: 256)")
+    q.add_argument("--micro_batch_size", type=int, help="as for train.py")
+    q.add_argument("--steps", type=int, default=10, help="steps a round (default: %(default)s)")
+    q.add_argument("--rounds", type=int, default=5, help="repetitions (default: %(default)s)")
+    q.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on GPUs")
+    q.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
+    q.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     return p
 
 

@@ -6,7 +6,8 @@
 
 A prepared folder holds, one row an image: x.npy (n, C or 2C, H, W) float16, the codec's latents or
 their means and standard deviations, not scaled yet; z.npy (n, r_keep, h, w) float16, the encoder's
-features reduced by PCA; y.npy (n,) int64 classes; and meta.json, the PCA and skipped.txt.
+features reduced by PCA; y.npy (n,) int64 classes; with --keep_features f.npy (n, d, h, w) float16,
+the features themselves, for train.py --repa; and meta.json, the PCA and skipped.txt.
 """
 import argparse
 import ast
@@ -76,10 +77,15 @@ def pick_device(name=None):
     return device
 
 
-def generator(seed, purpose, index=0):
-    """A CPU generator for (seed >= 0, purpose, index >= 0), and nothing else in the program."""
+def seeds(seed, purpose, index=0, n=1):
+    """n integers for (seed >= 0, purpose, index >= 0), and for nothing else in the program."""
     key = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), index])
-    return torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]))
+    return key.generate_state(n, np.uint64).tolist()
+
+
+def generator(seed, purpose, index=0):
+    """A CPU generator for (seed, purpose, index), and for nothing else in the program."""
+    return torch.Generator().manual_seed(*seeds(seed, purpose, index))
 
 
 def to_uint8(x):
@@ -569,7 +575,8 @@ def prepare_or_resume(args):
         "pca": [short_hash(each.components, each.mean, each.std) for each in given],
         "pca_images": None if given else args.pca_images,
         "pca_scale": [each.scale for each in given] or args.pca_scale or 1.0, "r_keep": args.r_keep,
-        "seed": args.seed, "batch_size": args.batch_size, "bf16": source.bf16}
+        "seed": args.seed, "batch_size": args.batch_size, "bf16": source.bf16,
+        "keep_features": args.keep_features}
     if is_complete(out, settings):
         if source.rank == 0:
             clear_up(out)
@@ -582,7 +589,12 @@ def prepare_or_resume(args):
     n, x_size = len(source.files), args.size // codec.factor
     shapes = {"x": (n, codec.channels * (1 + codec.has_std), x_size, x_size),
               "z": (n, args.r_keep * len(source.encoders), *source.encoders[0].grid)}
+    if args.keep_features:
+        shapes["f"] = (n, source.encoders[0].d, *source.encoders[0].grid)
     if source.rank == 0:
+        if args.keep_features:
+            print(f"{out}/f.npy, the features of --keep_features, takes "
+                  f"{2 * np.prod(shapes['f'], dtype=float) / 1e9:,.3g} GB", flush=True)
         os.makedirs(out, exist_ok=True)
         write_json(f"{out}/progress.json", {"settings": settings})
         for name, shape in shapes.items():
@@ -722,11 +734,12 @@ def encode_all(source, codec, pcas, out):
                   for each, f in zip(pcas, features)]
             z = torch.cat([zs[0]] + [F.interpolate(z, size=zs[0].shape[2:], mode="bilinear")
                                      if z.shape[2:] != zs[0].shape[2:] else z for z in zs[1:]], 1)
-            x, z = ((part * good.to(part.device).view(-1, 1, 1, 1)).half().cpu().numpy()
-                    for part in (x, z))
+            arrays = {"x": x, "z": z} | ({"f": features[0]} if source.args.keep_features else {})
+            arrays = {name: (part * good.to(part.device).view(-1, 1, 1, 1)).half().cpu().numpy()
+                      for name, part in arrays.items()}
             if writing:
                 writing.result()
-            writing = writer.submit(write_block, out, rows.numpy(), x, z, good.numpy())
+            writing = writer.submit(write_block, out, rows.numpy(), arrays, good.numpy())
             if not good[:len(rows)].all():
                 writing.result()
                 stop_if_too_many_bad(source, status, out)
@@ -736,10 +749,10 @@ def encode_all(source, codec, pcas, out):
             bar.update(np.count_nonzero(status) - bar.n)
 
 
-def write_block(out, rows, x, z, good):
+def write_block(out, rows, arrays, good):
     k = len(rows)                                          # the last batch is padded
-    write_rows(f"{out}/x.npy", rows[0], x[:k])
-    write_rows(f"{out}/z.npy", rows[0], z[:k])
+    for name, array in arrays.items():
+        write_rows(f"{out}/{name}.npy", rows[0], array[:k])
     write_rows(f"{out}/status.npy", rows[0], np.where(good[:k], 1, 2).astype(np.uint8))
 
 
@@ -832,7 +845,7 @@ def finish(source, codec, pcas, settings, out):
         os.remove(f"{out}/skipped.txt")                    # of an earlier attempt
     write_json(f"{out}/meta.json", meta)
     clear_up(out)
-    size = sum(os.path.getsize(f"{out}/{name}.npy") for name in "xzy") / len(status)
+    size = sum(os.path.getsize(f"{out}/{name}.npy") for name in meta["arrays"]) / len(status)
     print(f"{out}: {len(good):,} images of {len(source.classes) or 'no'} classes, "
           f"{size / 1e3:.1f} kB each; {len(bad)} files skipped"
           f"{f', see {out}/skipped.txt' * bool(len(bad))}; {out}/sheet.png shows images, decoded "
@@ -902,7 +915,8 @@ def prepare_digits(out=PREPARED["digits"], r_keep=16):
     fitted = pca.fit(pca.Moments(d).update(features.reshape(-1, d)), r_keep,
                      encoder="the digits' convnet")
     z = fitted.project(features).transpose(0, 3, 1, 2)                       # (n, r_keep, 4, 4)
-    arrays = {"x": x.numpy().astype(np.float16), "z": z.astype(np.float16), "y": y.numpy()}
+    arrays = {"x": x.numpy().astype(np.float16), "z": z.astype(np.float16), "y": y.numpy(),
+              "f": features.transpose(0, 3, 1, 2).astype(np.float16)}
     parent = os.path.dirname(out) or "."
     os.makedirs(parent, exist_ok=True)
     part = tempfile.mkdtemp(prefix=os.path.basename(out) + ".", suffix=".part", dir=parent)
@@ -928,7 +942,9 @@ def describe(folder, meta, fitted, bad_rows=()):
     with what the PCAs `fitted` say. meta has name, classes (empty: unconditional), image_size,
     codec (None: x are images), codec_weights, scale, shift, x_channels, x_has_std and settings."""
     arrays, square = {}, {}
-    for name in "xzy":
+    for name in ("x", "z", "y", "f"):
+        if name == "f" and not os.path.exists(f"{folder}/f.npy"):
+            continue
         array = np.load(f"{folder}/{name}.npy", mmap_mode="r")
         good = np.ones(len(array), bool)
         good[list(bad_rows)] = False
@@ -939,7 +955,7 @@ def describe(folder, meta, fitted, bad_rows=()):
             part = array[start:start + 4096]
             digest.update(np.ascontiguousarray(part))
             part = part[good[start:start + 4096]]
-            if name != "y" and len(part):
+            if name in "xz" and len(part):
                 of_x = (meta["x_has_std"], meta["scale"], meta["shift"]) if name == "x" else ()
                 square[name] += len(part) / good.sum() * mean_square(part, *of_x)
         arrays[name] = {"shape": list(array.shape), "dtype": str(array.dtype),
@@ -969,11 +985,11 @@ def mean_square(array, has_std=False, scale=1.0, shift=0.0):
 class Prepared:
     """A prepared folder, read through memory maps: 1e3 or 1e6 images, opening costs the same.
 
-    r: channels of z to read, an equal share of each encoder's first; 0 for none, None for all. n:
-    its images, numbered 0 to n - 1 without those that could not be read. UserError if the folder is
-    missing, unfinished or damaged, or keeps fewer channels.
+    r: channels of z to read, an equal share of each encoder's first; 0 for none, None for all.
+    features: read f too. n: its images, numbered 0 to n - 1 without those that could not be read.
+    UserError if the folder is missing, unfinished or damaged, or does not keep what is asked for.
     """
-    def __init__(self, folder, r=None):
+    def __init__(self, folder, r=None, features=False):
         again = "remove it and prepare it again"
         if not os.path.exists(f"{folder}/meta.json"):
             if os.path.exists(f"{folder}/progress.json"):
@@ -994,6 +1010,10 @@ class Prepared:
             x_channels = m["x_channels"] * (1 + m["x_has_std"])
             shapes = {"x": (m["n"], x_channels, m["x_size"], m["x_size"]),
                       "z": (m["n"], m["r_keep"], m["z_size"], m["z_size"]), "y": (m["n"],)}
+            self.f = None
+            if features and "f" in m["arrays"]:
+                self.f = np.load(f"{folder}/f.npy", mmap_mode="r")
+                shapes["f"] = (m["n"], *m["arrays"]["f"]["shape"][1:])
             self.bad = np.array(m["bad_rows"], np.int64)
             n_encoders = len(m["encoders"])
         except (KeyError, ValueError, TypeError, EOFError, OSError) as error:
@@ -1003,6 +1023,9 @@ class Prepared:
             if found != shape:
                 raise UserError(f"{folder}/{name}.npy is {found}, but meta.json says {shape}; "
                                 + again)
+        if features and self.f is None:
+            raise UserError(f"--repa needs the encoder's features, and {folder} did not keep them: "
+                            "prepare it anew with data.py --keep_features (for digits: remove it)")
         r = m["r_keep"] if r is None else r
         if r > m["r_keep"]:
             raise UserError(f"--r {r}: {folder} keeps {m['r_keep']} channels of z; lower --r")
@@ -1023,39 +1046,42 @@ class Prepared:
         return (torch.arange(k) + 0.5).mul(self.n / k).long()
 
     def read(self, numbers):
-        """x, z and y of images (B,), as they are stored, on the CPU: pinned if there is a GPU."""
+        """x, z, y and f (None unless asked for) of images (B,), as they are stored, on the CPU."""
         rows = self.rows(numbers.numpy())
-        parts = [self.x[rows], self.z[rows[:, None], self.channels], self.y[rows]]
-        parts = [torch.from_numpy(part) for part in parts]
-        return [part.pin_memory() for part in parts] if torch.cuda.is_available() else parts
+        parts = [self.x[rows], self.z[rows[:, None], self.channels], self.y[rows],
+                 None if self.f is None else self.f[rows]]
+        return [None if part is None else torch.from_numpy(part) for part in parts]
 
-    def unpack(self, stored, device="cpu", eps=None):
-        """What read() returned -> on device: x (B, C, H, W), scaled; z (B, r, H, W) on x's grid or
-        None; y (B,). Where the codec has a standard deviation, x is its mean + std * eps, eps (B,
-        C, H, W); without eps its mean."""
-        x, z, y = (part.to(device, non_blocking=True) for part in stored)
+    def unpack(self, stored, eps=None):
+        """What read() returned, on any device -> x (B, C, H, W), scaled; z (B, r, H, W) on x's grid
+        or None; y (B,); f (B, d, h, w) or None. Where the codec has a standard deviation, x is its
+        mean + std * eps, eps (B, C, H, W); without eps its mean."""
+        x, z, y, f = stored
         x = x.float()
         if self.has_std:
             x, std = x.chunk(2, 1)
             x = x if eps is None else x + std * eps
         x = scaled(x, self.meta["scale"], self.meta["shift"])
-        return x, resize_z(z.float(), x.shape[-1]) if self.r else None, y
+        return (x, resize_z(z.float(), x.shape[-1]) if self.r else None, y,
+                None if f is None else f.float())
 
-    def batch(self, numbers, device="cpu", eps=None):
-        """unpack(read(numbers), device, eps)."""
-        return self.unpack(self.read(numbers), device, eps)
+    def batch(self, numbers, eps=None):
+        """unpack(read(numbers), eps)."""
+        return self.unpack(self.read(numbers), eps)
 
 
-def prefetch(make, steps, ahead=2):
-    """make(step) for each of the steps, in turn; a thread makes the next ones meanwhile."""
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        waiting = collections.deque()
+def prefetch(make, steps, ahead=4):
+    """make(step) for each of the steps, in turn; as many threads make the next ones meanwhile."""
+    pool, waiting = concurrent.futures.ThreadPoolExecutor(ahead), collections.deque()
+    try:
         for step in steps:
-            waiting.append(thread.submit(make, step))
+            waiting.append(pool.submit(make, step))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def resize_z(z, x_size):
@@ -1078,11 +1104,11 @@ def rows_of_step(seed, step, batch_size, n):
                       for epoch in epochs.unique()])
 
 
-def open_data(name, r):
+def open_data(name, r, features=False):
     """The Prepared behind --data: "digits", made if it is missing, or a folder's name."""
     if name == "digits":
         prepare_digits()
-    return Prepared(PREPARED.get(name, name), r)
+    return Prepared(PREPARED.get(name, name), r, features)
 
 
 def main(args):
@@ -1108,6 +1134,9 @@ def parser():
                                                    "the codec's own; 0.18215 for the one above)")
     p.add_argument("--pca", nargs="+", metavar="FILE",
                    help="fitted PCA, one for each encoder (default: it is fitted first)")
+    p.add_argument("--keep_features", action=argparse.BooleanOptionalAction, default=False,
+                   help="store the first encoder's features too, for train.py --repa: 393 kB an "
+                        "image with DINOv2-B (default: off)")
     p.add_argument("--max_bad", type=float, default=0.01,
                    help="share of files that may be unreadable: they are skipped, more stop the "
                         "run (default: %(default)s)")

@@ -6,11 +6,13 @@
 Module names and shapes are those of the published DiT and SiT weights. ReDi: arXiv 2504.16064;
 DiT: 2212.09748; SiT: 2401.08740. B batch, L tokens, C width, p patch, r channels of z.
 """
+import argparse
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # depth, width, heads: table 1 of the DiT paper; T is ours, for digits and tests
 SIZES = {"T": (4, 128, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16),
@@ -271,6 +273,7 @@ class ReDi(nn.Module):
         self.process = FAMILIES[family]()
         self.fusion, self.r, self.n_classes = fusion, r, n_classes
         self.patch, self.x_channels, self.x_size = patch, x_channels, x_size
+        self.grad_checkpointing = False       # True: a block's activations are computed again
         grid, per_channel = x_size // patch, patch ** 2 * self.process.outputs
         self.x_embedder = PatchEmbed(x_channels, patch, width)
         self.z_embedder = PatchEmbed(r, patch, width) if r else None
@@ -294,7 +297,8 @@ class ReDi(nn.Module):
         for linear in zero:
             nn.init.zeros_(linear.weight)
 
-    def forward(self, x_t, z_t, t, y):
+    def forward(self, x_t, z_t, t, y, tap=None):
+        """tap: k in 1..depth adds the output of block k, the tokens (B, L, C) of x, as a third."""
         size = (self.x_size, self.x_size)
         assert x_t.shape[1:] == (self.x_channels, *size), (x_t.shape, self.x_channels, size)
         assert (z_t.shape[1:] == (self.r, *size)) if self.r else z_t is None, (z_t, self.r, size)
@@ -304,12 +308,19 @@ class ReDi(nn.Module):
             h = h + self.z_embedder(z_t)                                          # (B, L, C)
         elif self.fusion == "separate":
             h = torch.cat([h, self.z_embedder(z_t) + self.pos_embed], 1)          # (B, 2L, C)
-        for block in self.blocks:
-            h = block(h, c)
+        tapped = ()
+        for k, block in enumerate(self.blocks, 1):
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, c, use_reentrant=False)
+            else:
+                h = block(h, c)
+            if k == tap:
+                tapped = (h.chunk(2, 1)[0] if self.fusion == "separate" else h,)          # x's half
         h = modulate(h, *self.final_layer.adaLN_modulation(c)[:, None].chunk(2, 2))
         h_x, h_z = h.chunk(2, 1) if self.fusion == "separate" else (h, h)         # (B, L, C) each
         pred_x = self.unpatchify(self.final_layer.linear(h_x))                    # (B, -, H, W)
-        return pred_x, self.unpatchify(self.final_layer.linear_z(h_z)) if self.r else None
+        pred_z = self.unpatchify(self.final_layer.linear_z(h_z)) if self.r else None
+        return pred_x, pred_z, *tapped
 
     def unpatchify(self, h):
         """(B, L, p * p * channels) -> (B, channels, H, W); a token is ordered (p, p, channel)."""
@@ -358,3 +369,62 @@ def build(name, fusion="merged", r=8, n_classes=1000, x_channels=4, x_size=32):
     depth, width, heads = SIZES[size]
     return ReDi(family, depth, width, heads, patch, fusion, r if fusion != "none" else 0,
                 n_classes, x_channels, x_size)
+
+
+X_CHANNELS = 4                            # of all published weights: latents of Stable Diffusion
+
+
+def load_published(source, family=None):
+    """The network, in eval mode, of weights that the authors of ReDi, SiT or DiT publish.
+
+    source: a file, or its state dict, bare or as "ema" beside others. family: DiT or SiT, which a
+    plain net's weights do not tell; more than 4 input channels mean ReDi, so SiT unless said
+    otherwise. ValueError for anything else.
+
+    ReDi's one embedding and one decoder of 4 + r channels, x first, become two of each. SiT's files
+    may carry DiT's variance outputs, which SiT does not use: they are left out.
+    """
+    if not isinstance(source, dict):
+        with torch.serialization.safe_globals([argparse.Namespace]):       # and nothing else
+            source = torch.load(source, map_location="cpu", weights_only=True)
+    if not isinstance(source, dict):
+        raise ValueError(f"no state dict but a {type(source).__name__}")
+    weights = dict(source.get("ema", source))
+    try:
+        embed, pos = weights.pop("x_embedder.proj.weight"), weights.pop("pos_embed")
+        decode, bias = (weights.pop(f"final_layer.linear.{part}") for part in ("weight", "bias"))
+        n_classes = len(weights["y_embedder.embedding_table.weight"]) - 1
+    except KeyError as error:
+        raise ValueError(f"no weights of DiT, SiT or ReDi: they lack {error}") from None
+    width, channels, patch, _ = embed.shape
+    depth = sum(name.endswith("attn.qkv.weight") for name in weights)
+    r, outputs = channels - X_CHANNELS, len(decode) // (patch ** 2 * channels)
+    sizes = [size for size in SIZES if SIZES[size][:2] == (depth, width)]
+    if not sizes or r < 0 or outputs not in (1, 2):
+        raise ValueError(f"no published net has {depth} blocks of width {width}, {channels} input "
+                         f"channels and {outputs} times as many outputs")
+    family = "SiT" if r and family is None else family
+    if family not in FAMILIES:
+        raise ValueError("plain DiT and SiT weights look alike: say which they are, DiT or SiT")
+    kept = FAMILIES[family].outputs
+    if outputs < kept:
+        raise ValueError("DiT weights have outputs for variances, these have none: take SiT")
+    net = build(f"{family}-{sizes[0]}/{patch}", "merged" if r else "none", r, n_classes, X_CHANNELS,
+                math.isqrt(pos.shape[1]) * patch)
+    # rows are ordered (p, p, channel); the channels are those of the predictions, then variances
+    decode, bias = (part.view(patch ** 2, outputs, channels, -1)[:, :kept]
+                    for part in (decode, bias))
+    weights["x_embedder.proj.weight"] = embed[:, :X_CHANNELS]
+    if r:
+        weights["z_embedder.proj.weight"] = embed[:, X_CHANNELS:]
+        weights["z_embedder.proj.bias"] = torch.zeros(width)               # x's bias is for both
+    own = {"linear": slice(0, X_CHANNELS)} | ({"linear_z": slice(X_CHANNELS, None)} if r else {})
+    for name, part in own.items():
+        weights[f"final_layer.{name}.weight"] = decode[:, :, part].reshape(-1, width)
+        weights[f"final_layer.{name}.bias"] = bias[:, :, part].reshape(-1)
+    weights["pos_embed"] = net.pos_embed                                   # the same, or nearly
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(str(error).splitlines()[-1].strip()) from None
+    return net.eval()

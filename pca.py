@@ -8,6 +8,7 @@ Features are standardised per channel, then rotated; components are not rescaled
 recorded number `scale` (as in ReDi, arXiv 2504.16064). fid.py uses the same moments.
 """
 import argparse
+import contextlib
 import dataclasses
 import os
 import pickle
@@ -20,10 +21,15 @@ DINOV2 = "vit_base_patch14_reg4_dinov2.lvd142m"      # timm's name of the paper'
 
 def write_whole(path, write):
     """write(file), in such a way that path holds the old content or the new, never a part."""
-    with open(f"{path}.part", "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(f"{path}.part", "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:                                    # a full disk: what is there stays, alone
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.part")
+        raise
     os.replace(f"{path}.part", path)
 
 

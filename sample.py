@@ -182,28 +182,55 @@ def sheet(x, z, meta, columns=10, least=48, device="cpu"):
     return data.contact_sheet(kinds, columns, tile)
 
 
+def read_weights(path):
+    """What torch.save wrote to that file, on the CPU. ValueError if it is damaged or would run
+    code."""
+    try:
+        is_zip = zipfile.is_zipfile(path)                  # torch's format, but for old published
+        if is_zip:                                         # files; it has CRCs
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
+        with torch.serialization.safe_globals([argparse.Namespace]):     # the authors' settings
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:                             # damage raises anything
+        raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from None
+
+
 def load_checkpoint(path):
     """A checkpoint of train.py, on the CPU: arch (model.build's arguments), settings, meta (the
-    data's), step, net, ema, optimizer, sums. UserError if it is missing, damaged or not one."""
+    data's), step, net, ema, projector (REPA's, or None), optimizer, sums. UserError if it is
+    missing, damaged or not one."""
     if not os.path.exists(path):
         raise data.UserError(f"no checkpoint at {path}; make one with: python train.py")
     try:
-        with zipfile.ZipFile(path) as archive:                            # torch's format has CRCs
-            damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_weights(path)
         lacks = {"arch", "settings", "meta", "step", "net", "ema", "optimizer", "sums"}
         lacks -= set(checkpoint)
         if lacks:
-            raise KeyError(f"no {', '.join(sorted(lacks))}")
-    except Exception as error:                                            # damage raises anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"no {', '.join(sorted(lacks))}")
+    except (ValueError, TypeError) as error:
         before = os.path.join(os.path.dirname(path), "ckpt_prev.pt")
         advice = f"the one before it is {before}" if os.path.exists(before) else "train again"
-        raise data.UserError(f"{path} is damaged or no checkpoint of train.py ({reason}); "
+        raise data.UserError(f"{path} is damaged or no checkpoint of train.py ({error}); "
                              + advice) from None
     return checkpoint
+
+
+def load_net(path, family=None):
+    """The network of a file: the averaged weights of train.py's checkpoint, or those published by
+    the authors of ReDi, SiT or DiT (family: model.load_published's). UserError if it is neither."""
+    if not os.path.exists(path):
+        raise data.UserError(f"no weights at {path}; give a checkpoint of train.py, or a file that "
+                             "the authors of ReDi, SiT or DiT publish")
+    try:
+        content = read_weights(path)
+        if isinstance(content, dict) and {"arch", "ema"} <= set(content):
+            return load_ema(content)
+        return model.load_published(content, family)
+    except ValueError as error:
+        raise data.UserError(f"{path} holds no weights that are known here ({error})") from None
 
 
 def load_ema(checkpoint, device="cpu"):

@@ -4,19 +4,106 @@
     torchrun --nproc_per_node=8 train.py --model SiT-XL/2   # the paper's, on prepared/imagenet256
 
 Writes DIR/ckpt.pt (the one before it is ckpt_prev.pt), log.jsonl, preview sheets and, at the end,
-sheet.png and for digits results.json. Started again with the same --out it goes on from ckpt.pt.
+sheet.png and for digits results.json. Started again with the same --out it goes on from ckpt.pt;
+SIGTERM and Ctrl-C save first.
 """
 import argparse
 import contextlib
 import copy
+import datetime
+import glob
 import json
 import math
 import os
+import shutil
+import signal
+import sys
 import time
+
+# What a run uses unless a flag says otherwise. PAPER: ReDi's and SiT's values; DIGITS: size T on
+# digits. ema: decay per step; sample_steps: network calls per image; *_every: steps.
+DEFAULTS = {"model": "SiT-T/2", "fusion": "merged", "unconditional": False, "lam_z": 1.0,
+            "repa": 0.0, "p_drop_z": 0.2, "p_drop_y": 0.1, "grad_clip": 0.0, "init": None,
+            "seed": 0, "keep_every": 0}
+PAPER = {"lr": 1e-4, "batch_size": 256, "steps": 400_000, "r": 8, "ema": 0.9999,
+         "sample_steps": 250, "log_every": 100, "ckpt_every": 5_000, "preview_every": 25_000}
+DIGITS = {"lr": 3e-3, "batch_size": 128, "steps": 1_400, "r": 4, "ema": 0.995,
+          "sample_steps": 40, "log_every": 25, "ckpt_every": 250, "preview_every": 500}
+# a checkpoint decides these for good; a flag that says otherwise is an error
+FIXED = ("model", "fusion", "unconditional", "data", "r", "lam_z", "repa", "p_drop_z", "p_drop_y",
+         "lr", "batch_size", "ema", "init", "seed")
+# flags about where and how a run computes, which no checkpoint records
+OF_THE_MACHINE = ("out", "restart", "device", "bf16", "compile", "grad_checkpointing",
+                  "micro_batch_size")
+REPA_WEIGHT = 0.5                       # REPA's, and its projector's hidden width
+REPA_WIDTH = 2048
+REPA_BLOCK = {"T": 2, "S": 4, "B": 4, "L": 8, "XL": 8}      # whose output is aligned; XL: REPA's
+N_JUDGED = 1_000                        # generated digits behind the closing numbers
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def setting(name, meaning, kind=None, **options):
+        """A flag whose default is the checkpoint's value, or else the tables' above."""
+        default = options.pop("default", None) or (DEFAULTS | PAPER)[name]
+        digits = f"; {DIGITS[name]} for size T on digits" if name in DIGITS else ""
+        p.add_argument(f"--{name}", type=kind, help=f"{meaning} (default: {default}{digits})",
+                       **options)
+
+    setting("model", "DiT or SiT - size T, S, B, L or XL / patch 2, 4 or 8", str)
+    setting("fusion", "how z joins x: none (plain DiT/SiT), merged or separate tokens", str)
+    p.add_argument("--unconditional", action=argparse.BooleanOptionalAction,
+                   help="ignore the classes (default: off)")
+    setting("data", "digits, or a prepared folder", str,
+            default="digits for size T, else where data.py writes")
+    setting("r", "channels of z: PCA components of the features that are used", int)
+    setting("lam_z", "weight of z's loss; 0 is off", float)
+    setting("repa", f"weight of REPA's loss, beside or, with --fusion none, instead of ReDi; "
+                    f"without a number {REPA_WEIGHT}, 0 is off", float, nargs="?",
+            const=REPA_WEIGHT)
+    setting("p_drop_z", "chance that a sample's z is dropped; 0 is off and rules out --w_r", float)
+    setting("p_drop_y", "chance that its class is dropped; 0 is off and rules out --w_cfg", float)
+    setting("steps", "optimizer steps in all", int)
+    setting("batch_size", "images a step, all processes together", int)
+    setting("lr", "AdamW's learning rate, constant", float)
+    setting("grad_clip", "largest norm of the gradient; 0 is off", float)
+    setting("ema", "decay of the averaged weights per step, ramped up from 0.1; 0 is off", float)
+    setting("init", "start from these weights: a checkpoint of train.py, or weights that the "
+                    "authors of ReDi, SiT or DiT publish", str, metavar="FILE")
+    setting("seed", "of the initial weights, the data order and every draw", int)
+    setting("sample_steps", "network calls per image, for sheets and closing numbers", int)
+    setting("log_every", "steps between lines of log.jsonl", int)
+    setting("ckpt_every", "steps between checkpoints; two are kept", int)
+    setting("keep_every", "steps between checkpoints that are kept for good, as ckpt_STEP.pt; 0 is "
+                          "off", int)
+    setting("preview_every", "steps between preview sheets", int)
+    p.add_argument("--out", default="out", metavar="DIR", help="output folder (default: out)")
+    p.add_argument("--restart", action="store_true",
+                   help="start over where DIR holds a checkpoint, which becomes ckpt.pt.old")
+    p.add_argument("--micro_batch_size", type=int,
+                   help="images that a process computes at once: the gradients of its part of "
+                        "--batch_size add up (default: the whole part)")
+    p.add_argument("--grad_checkpointing", action=argparse.BooleanOptionalAction, default=False,
+                   help="compute activations twice instead of keeping them: less memory, a third "
+                        "more work (default: off)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                   help="torch.compile the blocks: faster after a minute (default: on GPUs)")
+    p.add_argument("--bf16", action=argparse.BooleanOptionalAction,
+                   help="bfloat16 autocast, weights and losses in float32 (default: on GPUs)")
+    p.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    return p
+
+
+if __name__ == "__main__":     # before torch, which takes seconds: --help and typos are quicker
+    args = parser().parse_args()
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -25,25 +112,12 @@ import model
 import sample
 from pca import write_whole
 
-# What a run uses unless a flag says otherwise. PAPER: ReDi's and SiT's values; DIGITS: size T on
-# digits. ema: decay per step; sample_steps: network calls per image; *_every: steps.
-DEFAULTS = {"model": "SiT-T/2", "fusion": "merged", "unconditional": False, "lam_z": 1.0,
-            "p_drop_z": 0.2, "p_drop_y": 0.1, "seed": 0}
-PAPER = {"lr": 1e-4, "batch_size": 256, "steps": 400_000, "r": 8, "ema": 0.9999,
-         "sample_steps": 250, "log_every": 100, "ckpt_every": 5_000, "preview_every": 25_000}
-DIGITS = {"lr": 3e-3, "batch_size": 128, "steps": 1_400, "r": 4, "ema": 0.995,
-          "sample_steps": 40, "log_every": 25, "ckpt_every": 250, "preview_every": 500}
-# a checkpoint decides these for good; a flag that says otherwise is an error
-FIXED = ("model", "fusion", "unconditional", "data", "r", "lam_z", "p_drop_z", "p_drop_y", "lr",
-         "batch_size", "ema", "seed")
-N_JUDGED = 1_000                        # generated digits behind the closing numbers
-
 
 def resolve(given, checkpoint):
     """All settings of a run: the flags `given`, then the checkpoint's (or None), then the defaults.
     UserError for flags that contradict each other or the checkpoint."""
     if checkpoint:
-        stored = checkpoint["settings"]
+        stored = DEFAULTS | checkpoint["settings"]
         for name in FIXED:
             if given.get(name, stored[name]) != stored[name]:
                 raise data.UserError(f"--{name} {given[name]} contradicts the checkpoint's "
@@ -55,6 +129,9 @@ def resolve(given, checkpoint):
         _, size, _ = model.parse_name(settings["model"])
     except ValueError as error:
         raise data.UserError(f"--model: {error}") from None
+    if settings["fusion"] not in model.FUSIONS:
+        raise data.UserError(f"--fusion {settings['fusion']}: choose from "
+                             f"{', '.join(model.FUSIONS)}")
     settings = {"data": "digits" if size == "T" else data.IMAGENET} | settings
     small = size == "T" and settings["data"] == "digits"
     settings = (DIGITS if small else PAPER) | settings
@@ -67,7 +144,7 @@ def resolve(given, checkpoint):
     return settings
 
 
-def check(settings, n_processes):
+def check(settings, n_processes, micro_batch_size=None):
     """UserError for a value that no run can have."""
     def need(name, good, what):
         if not good(settings[name]):
@@ -75,57 +152,101 @@ def check(settings, n_processes):
 
     for name in ("steps", "batch_size", "log_every", "ckpt_every", "preview_every"):
         need(name, lambda value: value >= 1, "at least 1")
+    need("keep_every", lambda value: value >= 0, "0 or more")
     for name in ("p_drop_z", "p_drop_y", "ema"):
         need(name, lambda value: 0 <= value <= 1, "between 0 and 1")
-    need("lam_z", lambda value: 0 <= value < math.inf, "0 or more")
+    for name in ("lam_z", "repa", "grad_clip"):
+        need(name, lambda value: 0 <= value < math.inf, "0 or more")
     need("seed", lambda seed: 0 <= seed < 2 ** 63, "between 0 and 2^63")
     need("lr", lambda lr: 0 < lr < math.inf, "above 0")
     if settings["fusion"] != "none":
         need("r", lambda r: r >= 1, "at least 1; for no features, use --fusion none")
     need("batch_size", lambda n: n % n_processes == 0,
          f"a multiple of the number of processes, {n_processes}: it is for all of them together")
+    each = settings["batch_size"] // n_processes
+    if micro_batch_size is not None and (micro_batch_size < 1 or each % micro_batch_size):
+        raise data.UserError(f"--micro_batch_size {micro_batch_size} must divide the {each} images "
+                             "that a process has of --batch_size")
     sample.check_solver(settings["model"], None, settings["sample_steps"], "--sample_steps")
 
 
-def draw(seed, step, batch_size, net, from_codec=False):
-    """Everything random about a step, for its whole global batch, as functions of (seed, step):
-    u (B,) uniform, for the times; eps_x, eps_z of x_t's and z_t's shape (None without features);
-    u_y, u_z (B,) uniform, for what is dropped; eps_vae of x's shape, for drawing x from its mean
-    and standard deviation (None unless from_codec)."""
-    def stream(purpose):
-        return data.generator(seed, purpose, step)
+def draw(seed, step, batch_size, mine, net, from_codec=False):
+    """Everything random about the samples `mine` (a slice) of a step's global batch: u, u_y, u_z
+    (B,), uniform, for the times and for what is dropped; eps_x, eps_z of x_t's and z_t's shape
+    (None without features); eps_vae of x's shape, for drawing x from its mean and standard
+    deviation (None unless from_codec).
 
-    size = (net.x_size, net.x_size)
-    eps_x = torch.randn(batch_size, net.x_channels, *size, generator=stream("eps of x"))
-    eps_z = torch.randn(batch_size, net.r, *size, generator=stream("eps of z")) if net.r else None
-    u, u_y, u_z = (torch.rand(batch_size, generator=stream(purpose))
-                   for purpose in ("t", "drop of y", "drop of z"))
-    eps_vae = torch.randn(eps_x.shape, generator=stream("draw of x")) if from_codec else None
-    return u, eps_x, eps_z, u_y, u_z, eps_vae
+    Each sample has a generator of its own, a function of (seed, step, its place in the batch): a
+    process draws its own samples alone, and how many processes there are changes nothing.
+    """
+    seeds = data.seeds(seed, "draws", step, batch_size)[mine]
+    u = torch.empty(len(seeds), 3)
+    eps_x, eps_vae, eps_z = (torch.empty(len(seeds), channels, net.x_size, net.x_size)
+                             for channels in (net.x_channels, net.x_channels * from_codec, net.r))
+    generator = torch.Generator()
+    for i, of_sample in enumerate(seeds):
+        generator.manual_seed(of_sample)
+        torch.rand(3, generator=generator, out=u[i])
+        for eps in (eps_x, eps_vae, eps_z):                  # x's first: the same for every fusion
+            torch.randn(eps.shape[1:], generator=generator, out=eps[i])
+    return *u.T.contiguous(), eps_x, eps_z if net.r else None, eps_vae if from_codec else None
 
 
-def joint_loss(net, process, x, z, y, t, eps_x, eps_z, dropped):
-    """ReDi's joint loss, per sample: (B,) for x and (B,) for z. Where `dropped` (B,) is true,
-    z_t = 0 is fed and z costs nothing. z None: no features, and 0 for them."""
+def joint_loss(net, process, x, z, y, t, eps_x, eps_z, dropped, **tap):
+    """ReDi's joint loss, per sample: (B,) for x and (B,) for z; with tap=k, the net's tokens after
+    block k as a third. Where `dropped` (B,) is true, z_t = 0 is fed and z costs nothing. z None: no
+    features, and 0 for them."""
     x_t = process.add_noise(x, eps_x, t)
     z_t = None if z is None else model.drop_z(process.add_noise(z, eps_z, t), dropped)
-    pred_x, pred_z = net(x_t, z_t, t, y)
+    pred_x, pred_z, *tokens = net(x_t, z_t, t, y, **tap)
     loss_x = process.loss(pred_x.float(), x, eps_x, t)
     if z is None:
-        return loss_x, torch.zeros_like(loss_x)
-    return loss_x, process.loss(pred_z.float(), z, eps_z, t).masked_fill(dropped, 0)
+        return loss_x, torch.zeros_like(loss_x), *tokens
+    return loss_x, process.loss(pred_z.float(), z, eps_z, t).masked_fill(dropped, 0), *tokens
 
 
-def batch_loss(net, parallel, x, z, y, draws, settings):
-    """The loss to minimise for a batch and its draws (draw()'s), and what tally() wants of it.
-    parallel: net, or what wraps it for several processes."""
-    u, eps_x, eps_z, u_y, u_z, _ = draws
-    t = net.process.draw_t(u)
-    y = torch.where((u_y < settings["p_drop_y"]) | (net.n_classes == 0), net.n_classes, y)
-    dropped = u_z < settings["p_drop_z"]
-    loss_x, loss_z = joint_loss(parallel, net.process, x, z, y, t, eps_x, eps_z, dropped)
-    loss = (loss_x + settings["lam_z"] * loss_z).mean()              # z: sum over kept / all of B
-    return loss, t, tally(loss_x, loss_z, dropped, net.process.data_time(t), settings["lam_z"])
+def repa_loss(projected, f):
+    """REPA's loss per sample (2410.06940, equation 8): minus the cosine between projected tokens
+    (B, L, d) and the encoder's features f (B, d, h, w) on their grid, mean over the tokens."""
+    f = data.resize_z(f, math.isqrt(projected.shape[1])).flatten(2).transpose(1, 2)
+    return -F.cosine_similarity(projected.float(), f, -1).mean(1)
+
+
+def projector(width, d):
+    """REPA's: tokens (B, L, width) -> (B, L, d), three layers."""
+    layers = nn.Sequential(nn.Linear(width, REPA_WIDTH), nn.SiLU(),
+                           nn.Linear(REPA_WIDTH, REPA_WIDTH), nn.SiLU(), nn.Linear(REPA_WIDTH, d))
+    for linear in layers[::2]:
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    return layers
+
+
+class Objective(nn.Module):
+    """What is minimised, with everything that is trained in one module, as several processes need
+    it. d: channels of the features for REPA, 0 without."""
+    def __init__(self, net, settings, d=0):
+        super().__init__()
+        self.net, self.settings = net, settings
+        _, size, _ = model.parse_name(settings["model"])
+        self.tap = {"tap": REPA_BLOCK[size]} if d else {}
+        self.projector = projector(model.SIZES[size][1], d) if d else None
+
+    def forward(self, x, z, y, f, u, u_y, u_z, eps_x, eps_z):
+        """A batch and its draws (draw()'s) -> the loss (B,) per sample, t (B,), tally()'s sums."""
+        net, settings = self.net, self.settings
+        t = net.process.draw_t(u)
+        y = torch.where((u_y < settings["p_drop_y"]) | (net.n_classes == 0), net.n_classes, y)
+        dropped = u_z < settings["p_drop_z"]
+        loss_x, loss_z, *tokens = joint_loss(net, net.process, x, z, y, t, eps_x, eps_z, dropped,
+                                             **self.tap)
+        loss_repa = torch.zeros_like(loss_x)
+        if self.projector:
+            loss_repa = repa_loss(self.projector(*tokens), f)
+        # dropped samples count in the mean, with no loss_z: z's part is a sum over kept / all of B
+        loss = loss_x + settings["lam_z"] * loss_z + settings["repa"] * loss_repa
+        counts = tally(loss, loss_x, loss_z, loss_repa, dropped, net.process.data_time(t))
+        return loss, t, counts
 
 
 @torch.no_grad()
@@ -137,25 +258,31 @@ def update_ema(ema, net, decay, step):
 
 
 @torch.no_grad()
-def tally(loss_x, loss_z, dropped, data_time, lam_z):
-    """What a batch adds to the log's running sums: one float64 vector (13,), read as a whole.
+def tally(loss, loss_x, loss_z, loss_repa, dropped, data_time):
+    """What a batch adds to the log's running sums: one float64 vector (14,), read as a whole.
     data_time (B,): 0 for noise, 1 for data; its quarter 0 is the noisiest."""
-    loss = (loss_x + lam_z * loss_z).double()
     in_quarter = F.one_hot((4 * data_time).long().clamp(max=3), 4).double()         # (B, 4)
-    totals = torch.stack([torch.ones_like(loss), (~dropped).double(), loss, loss_x, loss_z]).sum(1)
-    return torch.cat([totals, in_quarter.T @ loss, in_quarter.sum(0)])
+    totals = torch.stack([torch.ones_like(loss), ~dropped, loss, loss_x, loss_z, loss_repa])
+    return torch.cat([totals.double().sum(1), in_quarter.T @ loss.double(), in_quarter.sum(0)])
 
 
-def log_entry(step, sums, images_per_s, fusion):
+N_SUMS = 15                             # tally's, and last the gradient norm
+
+
+def log_entry(step, sums, settings, images_per_s, waited):
     """A line of log.jsonl. Losses are means since the last line; loss_z over the samples that kept
-    z; loss_q0..q3 the joint loss by quarter of t (null where no sample fell)."""
-    n, kept, loss, loss_x, loss_z, *quarters = sums.tolist()
+    z; loss_q0..q3 the joint loss by quarter of t (null where no sample fell); grad_norm before
+    clipping; waited_percent the share of time in which the next batch was not there yet."""
+    n, kept, loss, loss_x, loss_z, loss_repa, *quarters, grad_norm = sums.tolist()
     entry = {"step": step, "loss": loss / n, "loss_x": loss_x / n}
-    if fusion != "none":
+    if settings["fusion"] != "none":
         entry["loss_z"] = loss_z / kept if kept else None
+    if settings["repa"]:
+        entry["loss_repa"] = loss_repa / n
     for q, (total, count) in enumerate(zip(quarters[:4], quarters[4:])):
         entry[f"loss_q{q}"] = total / count if count else None
-    return entry | {"images_per_s": round(images_per_s, 1)}
+    return entry | {"grad_norm": grad_norm / n, "images_per_s": round(images_per_s, 1),
+                    "waited_percent": round(100 * waited, 1)}
 
 
 def truncate_log(path, step):
@@ -171,13 +298,72 @@ def truncate_log(path, step):
     write_whole(path, lambda file: file.write("".join(kept).encode()))
 
 
-def save_checkpoint(out, checkpoint):
-    """out/ckpt.pt, as sample.load_checkpoint describes it; what was there becomes ckpt_prev.pt."""
+def newest_checkpoint(out):
+    """The newest whole checkpoint in out: its path, its content, and what is wrong with one that
+    is newer ("" if none is); three None if there is none. UserError if all are damaged."""
+    # a run killed while it saved may have left the one before alone
+    paths = [path for path in (f"{out}/ckpt.pt", f"{out}/ckpt_prev.pt") if os.path.exists(path)]
+    trouble = []
+    for path in paths:
+        try:
+            return path, sample.load_checkpoint(path), "; ".join(trouble)
+        except data.UserError as error:
+            trouble.append(str(error))
+    if trouble:
+        kept = glob.glob(f"{glob.escape(out)}/ckpt_[0-9]*.pt")
+        raise data.UserError(f"{'; '.join(trouble)}; to go on from one that was kept, copy it to "
+                             f"{paths[0]}: {max(kept)}" if kept else "; ".join(trouble))
+    return None, None, None
+
+
+def save_checkpoint(out, checkpoint, keep=False):
+    """out/ckpt.pt, as sample.load_checkpoint describes it; what was there becomes ckpt_prev.pt.
+    keep: as ckpt_STEP.pt too. UserError if it cannot be written; what was there stays."""
     path, new = f"{out}/ckpt.pt", f"{out}/ckpt_new.pt"
-    write_whole(new, lambda file: torch.save(checkpoint, file))
-    if os.path.exists(path):
-        os.replace(path, f"{out}/ckpt_prev.pt")
-    os.replace(new, path)
+    kept = f"{out}/ckpt_{checkpoint['step']:07d}.pt"
+    try:
+        write_whole(new, lambda file: torch.save(checkpoint, file))
+        if keep:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(kept)
+            try:
+                os.link(new, kept)                       # the same bytes on the disk
+            except OSError:                              # a file system without links
+                shutil.copyfile(new, kept + ".part")
+                os.replace(kept + ".part", kept)
+        if os.path.exists(path):
+            os.replace(path, f"{out}/ckpt_prev.pt")
+        os.replace(new, path)
+    except (OSError, RuntimeError) as error:             # torch.save says RuntimeError, too
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise data.UserError(f"step {checkpoint['step']} could not be saved in {out} ({reason}); "
+                             "the checkpoints there are whole: make room, and the same command "
+                             "goes on from the newest") from None
+
+
+def start_from(net, path, name):
+    """The weights of a file into net, which `name` says; what the file lacks for z is 0, so that
+    with merged tokens net begins as the plain one that it was. UserError if it does not fit."""
+    family, _, _ = model.parse_name(name)
+    given = sample.load_net(path, family)
+    old, new = given.state_dict(), net.state_dict()
+    of_z = [key for key in new if key.startswith(("z_embedder.", "final_layer.linear_z."))]
+    if type(given.process) is not type(net.process):
+        raise data.UserError(f"--init {path} is no {family}")
+    if given.r not in (0, net.r):
+        raise data.UserError(f"--init {path} has --r {given.r}, this run has {net.r}")
+    if given.r == 0:
+        old |= {key: torch.zeros_like(new[key]) for key in of_z}
+    classes = "y_embedder.embedding_table.weight"
+    if given.n_classes != net.n_classes:                 # other classes: no class is theirs
+        old[classes] = torch.cat([new[classes][:-1], old[classes][-1:]])
+    old["pos_embed"] = new["pos_embed"]                  # fixed; another size has others
+    for key in new:
+        if key not in old or old[key].shape != new[key].shape:
+            raise data.UserError(f"--init {path} is no {name}: {key} is "
+                                 f"{tuple(old[key].shape) if key in old else 'not there'}, and "
+                                 f"must be {tuple(new[key].shape)}")
+    net.load_state_dict(old)
 
 
 def generate(ema, n, settings, batch_size, device, progress=False):
@@ -215,197 +401,282 @@ def finish(ema, settings, meta, out, device):
         print(f"{out}/ckpt.pt is complete, but there is no sheet.png: {error}")
 
 
-def stop_if_not_finite(watched):
-    """UserError if the loss in (step, loss, t, rows) is NaN or infinite."""
-    if watched is None:
-        return
-    step, loss, t, rows = watched
-    if not torch.isfinite(loss):
-        raise data.UserError(
-            f"the loss is {loss.item()} at step {step} (t from {t.min().item():.4g} to "
-            f"{t.max().item():.4g}, rows {rows[:4].tolist()} and on); nothing was saved since. "
-            "Lower --lr, or look at those images")
+@contextlib.contextmanager
+def noted_signals():
+    """A list that gets SIGTERM and SIGINT (Ctrl-C), which end nothing meanwhile: the loop saves and
+    ends when it sees one. A second one of its kind ends the process at once."""
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(number, before[number])
+
+    noted = []
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def train(settings, checkpoint, out, device, bf16, rank, n_processes):
-    """From the checkpoint (or None) to settings["steps"]; returns the EMA and the data's meta."""
-    source = data.open_data(settings["data"], settings["r"])
-    meta, batch_size = source.meta, settings["batch_size"]
-    arch = {"name": settings["model"], "fusion": settings["fusion"], "r": settings["r"],
+class StepCheck:
+    """Whether a step went well everywhere, and whether any process was told to stop: asked at once
+    and read a step later, so that nobody waits for the device."""
+    def __init__(self, step, loss, t, rows, norm, told):
+        self.step, self.loss, self.t, self.rows, self.norm = step, loss, t, rows, norm
+        bad = ~(loss.isfinite().all() & norm.isfinite())
+        flags = torch.stack([bad.float(), torch.full_like(norm, bool(told))])
+        if dist.is_initialized():
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        self.flags, self.copied = flags.to("cpu", non_blocking=True), None
+        if flags.is_cuda:
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def told_to_stop(self):
+        """Whether a process was. UserError, the same everywhere, if the step's loss or gradient
+        was not finite."""
+        if self.copied:
+            self.copied.synchronize()
+        bad, told = self.flags.tolist()
+        if bad:
+            found = [self.blame()]
+            if dist.is_initialized():
+                found = [None] * dist.get_world_size()
+                dist.all_gather_object(found, self.blame())
+            raise data.UserError(
+                f"step {self.step} is not finite: {'; '.join(filter(None, found)) or self.batch()};"
+                " nothing was saved since. Go on with --grad_clip 1, or start over with a lower "
+                "--lr; or look at those images")
+        return told > 0
+
+    def blame(self):
+        """The samples of this process whose loss is not finite, "" if there are none."""
+        bad = ~self.loss.isfinite()
+        pairs = [f"row {row} at t {t:.4g}"
+                 for row, t in zip(self.rows[bad.cpu().numpy()], self.t[bad].tolist())]
+        more = f" and {len(pairs) - 4} more" if len(pairs) > 4 else ""
+        return f"the loss of {', '.join(pairs[:4])}{more}" if pairs else ""
+
+    def batch(self):
+        return (f"the gradient's norm is {self.norm.item()}, with finite losses (t from "
+                f"{self.t.min().item():.4g} to {self.t.max().item():.4g}, rows "
+                f"{self.rows[:4].tolist()} and on)")
+
+
+class Trainer:
+    """What a run consists of in one process, but for the loop: data, networks, optimizer. args: the
+    flags OF_THE_MACHINE; checkpoint: where to go on, or None. UserError if it does not fit."""
+    def __init__(self, settings, args, device, checkpoint=None, rank=0, n_processes=1):
+        self.settings, self.args, self.device = settings, args, device
+        self.source = data.open_data(settings["data"], settings["r"], settings["repa"] > 0)
+        meta = self.meta = self.source.meta
+        self.arch = {
+            "name": settings["model"], "fusion": settings["fusion"], "r": settings["r"],
             "n_classes": 0 if settings["unconditional"] else len(meta["classes"]),
             "x_channels": meta["x_channels"], "x_size": meta["x_size"]}
-    if checkpoint and (checkpoint["arch"] != arch or checkpoint["meta"] != meta):
-        raise data.UserError(f"{settings['data']} is not the data that {out} was trained on, its "
-                             "meta.json differs; choose another --out, or --restart")
-    torch.manual_seed(settings["seed"])                              # for the initial weights alone
-    try:
-        net = model.build(**arch).to(device)
-    except ValueError as error:
-        raise data.UserError(str(error)) from None
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=settings["lr"], betas=(0.9, 0.999),
-                                  weight_decay=0, fused=True)
-    step, sums = 0, torch.zeros(13, dtype=torch.float64, device=device)
-    if checkpoint:
-        net.load_state_dict(checkpoint["net"])
-        ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        step = checkpoint["step"]
-        if rank == 0:
-            sums += checkpoint["sums"].to(device)
-    parallel = DistributedDataParallel(net) if n_processes > 1 else net
-    mine = slice(rank * batch_size // n_processes, (rank + 1) * batch_size // n_processes)
-    if rank == 0:
-        n_params = sum(p.numel() for p in net.parameters())
-        print(f"{settings['model']} {settings['fusion']}, {n_params:,} parameters, on {source.n:,} "
-              f"images: steps {step} to {settings['steps']}, {n_processes} process(es) on {device}"
-              f"{' in bfloat16' * bf16}, writing {out}\nsettings: {json.dumps(settings)}",
-              flush=True)
-        truncate_log(f"{out}/log.jsonl", step)
+        if checkpoint and (checkpoint["arch"] != self.arch or checkpoint["meta"] != meta):
+            raise data.UserError(f"{settings['data']} is not the data that {args.out} was trained "
+                                 "on, its meta.json differs; choose another --out, or --restart")
+        self.n = settings["batch_size"] // n_processes               # this process's of a batch
+        self.mine = slice(rank * self.n, (rank + 1) * self.n)
+        self.micro = args.micro_batch_size or self.n
+        torch.manual_seed(settings["seed"])                          # for the initial weights alone
+        try:
+            net = self.net = model.build(**self.arch)
+        except ValueError as error:
+            raise data.UserError(str(error)) from None
+        d = self.source.f.shape[1] if settings["repa"] else 0
+        self.objective = Objective(net, settings, d)
+        if settings["init"] and not checkpoint:
+            start_from(net, settings["init"], settings["model"])
+        self.ema = copy.deepcopy(net).eval().requires_grad_(False).to(device)
+        self.params = list(self.objective.to(device).parameters())
+        self.optimizer = torch.optim.AdamW(self.params, lr=settings["lr"], betas=(0.9, 0.999),
+                                           weight_decay=0, fused=True)
+        self.step, self.sums = 0, torch.zeros(N_SUMS, dtype=torch.float64, device=device)
+        if checkpoint:
+            self.step = checkpoint["step"]
+            for name, part in self.parts().items():
+                part.load_state_dict(checkpoint[name])
+            if rank == 0:
+                self.sums += checkpoint["sums"].to(device)
+        net.grad_checkpointing = args.grad_checkpointing
+        if args.compile:
+            for block in net.blocks:                                 # one block's code serves all
+                block.compile()
+        self.parallel = self.objective
+        if n_processes > 1:
+            self.parallel = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
 
-    first, watched = step, None
-    clock, logged = time.perf_counter(), step                        # when and where the log stands
+    def parts(self):
+        """What has a state to save, by its name in a checkpoint."""
+        parts = {"net": self.net, "ema": self.ema, "optimizer": self.optimizer}
+        return parts | ({"projector": self.objective.projector} if self.settings["repa"] else {})
 
-    def read(step):
-        """The numbers of a step's images, the images and the step's draws: this process's part."""
-        numbers = data.rows_of_step(settings["seed"], step, batch_size, source.n)[mine]
-        draws = draw(settings["seed"], step, batch_size, net, source.has_std)
-        return numbers, source.read(numbers), [d if d is None else d[mine] for d in draws]
+    def checkpoint(self):
+        return {"arch": self.arch, "settings": self.settings, "meta": self.meta, "step": self.step,
+                "sums": self.sums.cpu()} | {name: part.state_dict()
+                                            for name, part in self.parts().items()}
 
-    batches = data.prefetch(read, range(step, settings["steps"]))
-    with tqdm(total=settings["steps"], initial=step, unit="step", disable=rank > 0,
-              mininterval=1) as bar:
+    def assemble(self, step):
+        """This process's part of a step: the rows of its images, they and their draws, on the CPU:
+        pinned if they are for a GPU."""
+        settings, source = self.settings, self.source
+        numbers = data.rows_of_step(settings["seed"], step, settings["batch_size"], source.n)
+        draws = draw(settings["seed"], step, settings["batch_size"], self.mine, self.net,
+                     source.has_std)
+        parts = [*source.read(numbers[self.mine]), *draws]
+        if self.device.type == "cuda":
+            parts = [None if part is None else part.pin_memory() for part in parts]
+        return source.rows(numbers[self.mine].numpy()), parts
+
+    def gradients(self, parts):
+        """Fill the gradients of the mean loss over all processes, and add to the sums; parts:
+        assemble()'s. Returns this process's loss (B,) and t (B,), and the gradients' norm before
+        they are clipped."""
+        parts = [None if part is None else part.to(self.device, non_blocking=True)
+                 for part in parts]
+        self.optimizer.zero_grad()
+        losses, ts = [], []
+        for start in range(0, self.n, self.micro):
+            *stored, u, u_y, u_z, eps_x, eps_z, eps_vae = (
+                None if part is None else part[start:start + self.micro] for part in parts)
+            last = start + self.micro == self.n              # gradients meet once a step
+            with contextlib.nullcontext() if last or not dist.is_initialized() \
+                    else self.parallel.no_sync():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
+                    loss, t, counts = self.parallel(*self.source.unpack(stored, eps_vae),
+                                                    u, u_y, u_z, eps_x, eps_z)
+                (loss.sum() / self.n).backward()
+            losses.append(loss.detach())
+            ts.append(t)
+            self.sums[:-1] += counts
+        norm = nn.utils.get_total_norm([param.grad for param in self.params])
+        if self.settings["grad_clip"]:
+            nn.utils.clip_grads_with_norm_(self.params, self.settings["grad_clip"], norm)
+        self.sums[-1] += self.n * norm
+        return torch.cat(losses), torch.cat(ts), norm
+
+    def update(self):
+        """Take the step that the gradients say."""
+        self.optimizer.step()
+        update_ema(self.ema, self.net, self.settings["ema"], self.step)
+        self.step += 1
+
+
+def train(trainer, out, rank, n_processes):
+    """To settings["steps"], with checkpoints, previews and log lines in out; returns None, or the
+    signal that ended it before."""
+    settings, device, sums = trainer.settings, trainer.device, trainer.sums
+    first, steps, check = trainer.step, settings["steps"], None
+    clock, logged, waited = time.perf_counter(), first, 0.0          # when and where the log stands
+    batches = data.prefetch(trainer.assemble, range(first, steps))
+    with noted_signals() as told, contextlib.closing(batches), tqdm(
+            total=steps, initial=first, unit="step", disable=rank > 0, mininterval=1) as bar:
+        stopping = False
         while True:
-            done, paused = step >= settings["steps"], time.perf_counter()
-            if step > first and (done or step % settings["ckpt_every"] == 0):
+            step, paused = trainer.step, time.perf_counter()
+            ending = stopping or step >= steps
+            keep = settings["keep_every"] > 0 and step % settings["keep_every"] == 0
+            if step > first and (ending or keep or step % settings["ckpt_every"] == 0):
+                check.told_to_stop()                                 # is it finite?
                 if n_processes > 1:
-                    dist.all_reduce(watched[1])                      # NaN for one is NaN for all
                     dist.reduce(sums, 0)                             # rank 0 has them from here on
-                stop_if_not_finite(watched)
                 if rank == 0:
-                    save_checkpoint(out, {"arch": arch, "settings": settings, "meta": meta,
-                                          "step": step, "sums": sums.cpu(),
-                                          "net": net.state_dict(), "ema": ema.state_dict(),
-                                          "optimizer": optimizer.state_dict()})
+                    save_checkpoint(out, trainer.checkpoint(), keep)
                 else:
                     sums.zero_()
-            if done:
+            if ending:
                 break
             if rank == 0 and step > first and step % settings["preview_every"] == 0:
                 try:
-                    preview(ema, settings, meta, device, f"{out}/sheet_{step:07d}.png")
+                    preview(trainer.ema, settings, trainer.meta, device,
+                            f"{out}/sheet_{step:07d}.png")
                 except data.UserError as error:                      # no codec: no reason to stop
                     bar.write(f"no preview: {error}")
             clock += time.perf_counter() - paused
 
-            numbers, stored, draws = next(batches)
-            draws = [part if part is None else part.to(device) for part in draws]
-            x, z, y = source.unpack(stored, device, eps=draws[-1])
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss, t, counts = batch_loss(net, parallel, x, z, y, draws, settings)
-            optimizer.zero_grad()
-            loss.backward()
-            stop_if_not_finite(watched)                                  # of the step before
-            watched = (step, loss.detach().clone(), t, source.rows(numbers.numpy()))
-            optimizer.step()
-            update_ema(ema, net, settings["ema"], step)
-            sums += counts
+            waiting = time.perf_counter()
+            rows, parts = next(batches)
+            waited += time.perf_counter() - waiting
+            loss, t, norm = trainer.gradients(parts)
+            if check:
+                stopping = check.told_to_stop()                      # of the step before
+            check = StepCheck(step, loss, t, rows, norm, told)
+            trainer.update()
             step += 1
             bar.update()
 
-            if step % min(settings["log_every"], settings["steps"]) == 0:
-                stop_if_not_finite(watched)
+            if step % min(settings["log_every"], steps) == 0:
+                stopping = check.told_to_stop() or stopping
                 if n_processes > 1:
                     dist.reduce(sums, 0)
                 if rank == 0:
-                    rate = (step - logged) * batch_size / (time.perf_counter() - clock)
-                    entry = log_entry(step, sums, rate, settings["fusion"])
+                    seconds = time.perf_counter() - clock
+                    entry = log_entry(step, sums, settings,
+                                      (step - logged) * settings["batch_size"] / seconds,
+                                      waited / seconds)
                     with open(f"{out}/log.jsonl", "a") as file:
                         file.write(json.dumps(entry) + "\n")
                     bar.set_postfix_str(f"loss {entry['loss']:.4f}")
                 sums.zero_()
-                clock, logged = time.perf_counter(), step
-    return ema, meta
+                clock, logged, waited = time.perf_counter(), step, 0.0
+    return (told or [signal.SIGTERM])[0] if step < steps else None
 
 
 def main(args):
-    ours = ("out", "restart", "device", "bf16")
     given = {name: value for name, value in vars(args).items()
-             if value is not None and name not in ours}
+             if value is not None and name not in OF_THE_MACHINE}
     rank, n_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    checkpoint, sheet = None, f"{args.out}/sheet.png"
-    # a run killed while it saved may have left the checkpoint before alone
-    saved = [path for path in (f"{args.out}/ckpt.pt", f"{args.out}/ckpt_prev.pt")
-             if os.path.exists(path) and not args.restart]
-    if saved:
-        checkpoint = sample.load_checkpoint(saved[0])
-    settings = resolve(given, checkpoint)
-    check(settings, n_processes)
+    path, checkpoint, trouble = (None, None, None) if args.restart else newest_checkpoint(args.out)
+    settings, sheet = resolve(given, checkpoint), f"{args.out}/sheet.png"
+    check(settings, n_processes, args.micro_batch_size)
     if checkpoint:
-        finished = os.path.exists(sheet) and os.path.getmtime(sheet) > os.path.getmtime(saved[0])
+        finished = os.path.exists(sheet) and os.path.getmtime(sheet) > os.path.getmtime(path)
         if checkpoint["step"] >= settings["steps"] + (not finished):
             raise data.UserError(f"{args.out} is done, with {checkpoint['step']} steps: raise "
                                  "--steps, or --restart")
     device = data.pick_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
-    if n_processes > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    args.bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
+    args.compile = device.type == "cuda" if args.compile is None else args.compile
+    if n_processes > 1:                                    # long: a preview or a save takes minutes
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=1))
     if rank == 0:
-        data.open_data(settings["data"], settings["r"])              # made by one, if need be
+        data.open_data(settings["data"], settings["r"], settings["repa"] > 0)   # made by one
         os.makedirs(args.out, exist_ok=True)
-        for name in ("ckpt.pt", "ckpt_prev.pt", "log.jsonl"):        # --restart keeps the old ones
-            if args.restart and os.path.exists(f"{args.out}/{name}"):
-                os.replace(f"{args.out}/{name}", f"{args.out}/{name}.old")
+        if trouble:
+            print(f"{trouble}: going on from {path}, step {checkpoint['step']}", file=sys.stderr)
+            os.replace(f"{args.out}/ckpt.pt", f"{args.out}/ckpt.pt.damaged")
+        elif args.restart:                                 # keeps the old run's
+            for old in glob.glob(f"{glob.escape(args.out)}/ckpt*.pt") + [f"{args.out}/log.jsonl"]:
+                if os.path.exists(old):
+                    os.replace(old, f"{old}.old")
     if n_processes > 1:
         dist.barrier()
-    ema, meta = train(settings, checkpoint, args.out, device, bf16, rank, n_processes)
+    trainer = Trainer(settings, args, device, checkpoint, rank, n_processes)
+    del checkpoint
+    if rank == 0:
+        n_params = sum(param.numel() for param in trainer.net.parameters())
+        print(f"{settings['model']} {settings['fusion']}, {n_params:,} parameters, on "
+              f"{trainer.source.n:,} images: steps {trainer.step} to {settings['steps']}, "
+              f"{n_processes} process(es) on {device}{' in bfloat16' * args.bf16}"
+              f"{', compiled' * args.compile}, writing {args.out}\n"
+              f"settings: {json.dumps(settings)}", flush=True)
+        truncate_log(f"{args.out}/log.jsonl", trainer.step)
+    ended_by = train(trainer, args.out, rank, n_processes)
     if n_processes > 1:
         dist.destroy_process_group()
+    if ended_by:
+        if rank == 0:
+            print(f"{signal.Signals(ended_by).name}: saved {args.out}/ckpt.pt; the same command "
+                  "goes on from there", file=sys.stderr)
+        sys.exit(128 + ended_by)                           # as shells report a signal
     if rank == 0:
-        finish(ema, settings, meta, args.out, device)
-
-
-def parser():
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def setting(name, meaning, kind=None, **options):
-        """A flag whose default is the checkpoint's value, or else the tables' above."""
-        default = options.pop("default", None) or (DEFAULTS | PAPER)[name]
-        digits = f"; {DIGITS[name]} for size T on digits" if name in DIGITS else ""
-        p.add_argument(f"--{name}", type=kind, help=f"{meaning} (default: {default}{digits})",
-                       **options)
-
-    setting("model", "DiT or SiT - size T, S, B, L or XL / patch 2, 4 or 8", str)
-    setting("fusion", "how z joins x: none (plain DiT/SiT), merged or separate tokens", str,
-            choices=model.FUSIONS)
-    p.add_argument("--unconditional", action=argparse.BooleanOptionalAction,
-                   help="ignore the classes (default: off)")
-    setting("data", "digits, or a prepared folder", str,
-            default=f"{data.IMAGENET}; digits for size T")
-    setting("r", "channels of z: PCA components of the features that are used", int)
-    setting("lam_z", "weight of z's loss; 0 is off", float)
-    setting("p_drop_z", "chance that a sample's z is dropped; 0 is off and rules out --w_r", float)
-    setting("p_drop_y", "chance that its class is dropped; 0 is off and rules out --w_cfg", float)
-    setting("steps", "optimizer steps in all", int)
-    setting("batch_size", "images a step, all processes together", int)
-    setting("lr", "AdamW's learning rate, constant", float)
-    setting("ema", "decay of the averaged weights per step, ramped up from 0.1; 0 is off", float)
-    setting("seed", "of the initial weights, the data order and every draw", int)
-    setting("sample_steps", "network calls per image, for sheets and closing numbers", int)
-    setting("log_every", "steps between lines of log.jsonl", int)
-    setting("ckpt_every", "steps between checkpoints", int)
-    setting("preview_every", "steps between preview sheets", int)
-    p.add_argument("--out", default="out", metavar="DIR", help="output folder (default: out)")
-    p.add_argument("--restart", action="store_true",
-                   help="start over where DIR holds a checkpoint, which becomes ckpt.pt.old")
-    p.add_argument("--bf16", action=argparse.BooleanOptionalAction,
-                   help="bfloat16 autocast, weights and losses in float32 (default: on GPUs)")
-    p.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
-    return p
+        finish(trainer.ema, settings, trainer.meta, args.out, device)
 
 
 if __name__ == "__main__":
-    data.run_cli(main, parser().parse_args())
+    data.run_cli(record(main), args)
