@@ -2,6 +2,9 @@
 
     python bench.py digits                    # every fusion and process on digits
     python bench.py prepare --images DIR      # reading and writing of photographs, without networks
+    python bench.py speed --official DIR      # training and sampling, beside the authors' code
+    python bench.py scaling                   # the same over the number of processes
+    python bench.py kills                     # does a killed run end as an undisturbed one?
 
 Runs go to runs/digits/NAME, rows to runs/digits/rows.jsonl. Killed, it continues; what is there is
 not computed again.
@@ -10,8 +13,11 @@ import argparse
 import copy
 import importlib.util
 import json
+import math
 import os
 import platform
+import random
+import socket
 import statistics
 import subprocess
 import sys
@@ -21,6 +27,7 @@ import types
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -203,7 +210,7 @@ def random_data(folder, n=1024, r=8):
 
 class Ours:
     """train.py's own steps, on batches that are assembled ahead as there."""
-    def __init__(self, args, folder, name, fusion):
+    def __init__(self, args, folder, name, fusion, rank, n_processes):
         flags = [f"--{flag}={getattr(args, flag)}" for flag in ("batch_size", "micro_batch_size")
                  if getattr(args, flag)]
         flags += [f"--{'' if getattr(args, flag) else 'no-'}{flag}" for flag in ("bf16", "compile")]
@@ -211,7 +218,11 @@ class Ours:
                                             *flags])
         given = {flag: value for flag, value in vars(of_run).items()
                  if value is not None and flag not in train.OF_THE_MACHINE}
-        self.trainer, self.check = train.Trainer(train.resolve(given, None), of_run, args.dev), None
+        before = torch.cuda.memory_allocated() if args.dev.type == "cuda" else 0
+        self.trainer = train.Trainer(train.resolve(given, None), of_run, args.dev, None, rank,
+                                     n_processes)
+        self.check = None
+        self.resident = torch.cuda.memory_allocated() - before if before else 0
 
     def steps(self, n):
         trainer = self.trainer
@@ -245,6 +256,7 @@ class Theirs:
         from transport import create_transport
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self.theirs, self.transport = theirs, create_transport()
+        before = torch.cuda.memory_allocated() if args.dev.type == "cuda" else 0
         self.net = theirs.SiT_models[name](input_size=32, in_channels=12, learn_sigma=False)
         self.net = self.net.to(args.dev).train()
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
@@ -258,6 +270,7 @@ class Theirs:
             self.encoder = timm.create_model("vit_base_patch14_reg4_dinov2", img_size=224,
                                              num_classes=0).to(args.dev).eval()
             self.components = torch.randn(8, 768, device=args.dev)
+        self.resident = torch.cuda.memory_allocated() - before if before else 0
 
     def steps(self, n):
         allowed = torch.backends.cuda.matmul, torch.backends.cudnn
@@ -300,33 +313,52 @@ def matmul_peak(device, dtype, size):
 
 
 def seconds_of(work, device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    """Of the slowest process, up to the end of what it started on its GPU."""
+    def together():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if dist.is_initialized():
+            dist.barrier()
+
+    together()
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    together()
     return time.perf_counter() - start
 
 
 def speed(args):
     """Print training and sampling images/s of every fusion and, given their code, the authors'."""
-    on_gpu = data.pick_device(args.device).type == "cuda"
+    rank, n_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args.dev = data.pick_device(args.device)
+    on_gpu = args.dev.type == "cuda"
     for name in ("bf16", "compile"):
         if getattr(args, name) is None:
             setattr(args, name, on_gpu)
+    if args.official and n_processes > 1:
+        raise data.UserError("--official is for one process; leave it out")
+    if on_gpu:
+        torch.cuda.set_device(args.dev)
+    if n_processes > 1:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    peak = matmul_peak(args.dev, dtype, 8192 if on_gpu else 2048)
-    print(f"batch {args.batch_size}, 256 tokens, {str(dtype)[6:]}{', compiled' * args.compile}; "
-          f"{args.rounds} alternating rounds of {args.steps} steps; {hardware()}, torch "
-          f"{torch.__version__}, {time.strftime('%Y-%m-%d')}; matrix product "
-          f"{peak / 1e12:.3g} TFLOP/s\n\n| | training images/s: median (least to most) | MFU % | "
-          "ratio | memory GB | sampling images/s |\n|---|---|---|---|---|---|", flush=True)
+    peak = n_processes * matmul_peak(args.dev, dtype, 8192 if on_gpu else 2048)
+
+    def say(text):
+        if rank == 0:
+            print(text, flush=True)
+
+    say(f"batch {args.batch_size}, 256 tokens, {str(dtype)[6:]}{', compiled' * args.compile}; "
+        f"{n_processes} process(es); {args.rounds} alternating rounds of {args.steps} steps; "
+        f"{hardware()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; matrix product "
+        f"{peak / 1e12:.3g} TFLOP/s\n\n| | training images/s: median (least to most) | MFU % | "
+        f"ratio | {'memory GB | ' * on_gpu}sampling images/s |\n|---|---|---|---|---|"
+        f"{'---|' * on_gpu}")
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
             random_data(folder)
-            runs = {fusion: Ours(args, folder, name, fusion) for fusion in args.fusions}
+            runs = {fusion: Ours(args, folder, name, fusion, rank, n_processes)
+                    for fusion in args.fusions}
             if args.official:
                 runs["official"] = Theirs(args, name)
                 if args.encoder:
@@ -334,30 +366,124 @@ def speed(args):
             rates, memory = {run: [] for run in runs}, {}
             for i in range(args.rounds + 1):                         # the first warms up
                 for run, of_run in runs.items():
-                    if on_gpu:
+                    if on_gpu:                                       # all runs' weights lie there
                         torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated() if on_gpu else 0
+                        before = torch.cuda.memory_allocated()
                     seconds = seconds_of(lambda: of_run.steps(args.steps), args.dev)
                     if i:
                         rates[run].append(args.batch_size * args.steps / seconds)
-                    if on_gpu:                                       # all runs' weights lie there
-                        memory[run] = torch.cuda.max_memory_allocated() - before
+                    if on_gpu:
+                        memory[run] = torch.cuda.max_memory_allocated() - before + of_run.resident
             for run, of_run in runs.items():
-                rate = statistics.median(rates[run])
-                ratio = rate / statistics.median(rates[args.fusions[0]])
+                rate, of_ours = statistics.median(rates[run]), runs.get(run, of_run)
                 ours = isinstance(of_run, Ours)
-                flop = forward_flop((of_run if ours else runs[args.fusions[0]]).trainer.arch)
-                sampling = ""
-                if ours:
+                flop = forward_flop((of_ours if ours else runs[args.fusions[-1]]).trainer.arch)
+                row = {"model": name, "run": run, "n_processes": n_processes,
+                       "images_per_s": rate, "least": min(rates[run]), "most": max(rates[run]),
+                       "mfu_percent": 100 * 3 * flop * rate / peak,
+                       "ratio": rate / statistics.median(rates[args.fusions[0]]),
+                       "batch_size": args.batch_size, "bf16": args.bf16, "compile": args.compile,
+                       "memory_gb": memory[run] / 1e9 if on_gpu else None, "peak_flop_per_s": peak,
+                       "hardware": hardware(), "date": time.strftime("%Y-%m-%d")}
+                if ours and args.calls:
                     n = min(args.batch_size, 64)
-                    seconds = min(seconds_of(lambda: of_run.sample(n, 4), args.dev)
-                                  for _ in range(3))
-                    sampling = f"{n / (seconds / 4 * 250):.3g}"
-                print(f"| {name} {run} | {rate:.4g} ({min(rates[run]):.4g} to "
-                      f"{max(rates[run]):.4g}) | {100 * 3 * flop * rate / peak:.1f} | {ratio:.3f} |"
-                      f" {memory[run] / 1e9 if on_gpu else float('nan'):.1f} | {sampling} |",
-                      flush=True)
-            del runs, of_run
+                    seconds = min(seconds_of(lambda: of_run.sample(n, args.calls), args.dev)
+                                  for _ in range(2))
+                    row["sampling_images_per_s"] = n_processes * n * args.calls / seconds / 250
+                say(f"| {name} {run} | {rate:.4g} ({row['least']:.4g} to {row['most']:.4g}) | "
+                    f"{row['mfu_percent']:.1f} | {row['ratio']:.3f} | "
+                    + (f"{row['memory_gb']:.1f} | " if on_gpu else "")
+                    + f"{row.get('sampling_images_per_s', float('nan')):.3g} |")
+                if rank == 0 and args.rows:
+                    with open(args.rows, "a") as file:
+                        file.write(json.dumps(row) + "\n")
+            del runs, of_run, of_ours
+    if n_processes > 1:
+        dist.destroy_process_group()
+
+
+def scaling(args):
+    """Print how images/s grow with the number of processes, each with as many images a step."""
+    here, rates = os.path.abspath(__file__), {n: [] for n in args.processes}
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(args.rounds):
+            for n in args.processes:
+                rows = f"{folder}/{i}-{n}.jsonl"
+                subprocess.run(
+                    [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                     f"--nproc_per_node={n}", here, "speed", "--models", args.model, "--fusions",
+                     "merged", f"--batch_size={n * args.batch_size}", f"--steps={args.steps}",
+                     "--rounds=1", "--calls=0", f"--rows={rows}"], check=True,
+                    stdout=subprocess.DEVNULL, env={"OMP_NUM_THREADS": "1"} | os.environ)
+                rates[n].append(rows_of(rows)[0]["images_per_s"])
+    print(f"{args.model} merged, {args.batch_size} images a process and step, {args.rounds} "
+          f"alternating rounds of {args.steps} steps; {hardware()}, {time.strftime('%Y-%m-%d')}\n\n"
+          "| processes | images/s: median (least to most) | of ideal % |\n|---|---|---|")
+    alone = statistics.median(rates[args.processes[0]]) / args.processes[0]
+    for n, rounds in rates.items():
+        rate = statistics.median(rounds)
+        print(f"| {n} | {rate:.4g} ({min(rounds):.4g} to {max(rounds):.4g}) | "
+              f"{100 * rate / n / alone:.0f} |")
+
+
+def kills(args):
+    """Kill training at random moments and let it go on, until it has been killed n times; then
+    compare losses and weights with an undisturbed run's, bit by bit."""
+    chance, here = random.Random(args.seed), os.path.dirname(os.path.abspath(__file__))
+    data.open_data("digits", 0)
+
+    def start(out):
+        """As torchrun starts them, each of one thread."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        return [subprocess.Popen(
+            [sys.executable, f"{here}/train.py", "--steps", str(args.steps), "--out", out,
+             *"--batch_size 32 --micro_batch_size 8 --ckpt_every 3 --log_every 2".split(),
+             *"--sample_steps 2".split()], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
+                              "WORLD_SIZE": str(args.processes), "MASTER_ADDR": "127.0.0.1",
+                              "MASTER_PORT": str(port)}) for rank in range(args.processes)]
+
+    def wait(ranks, seconds=None):
+        end = time.perf_counter() + (seconds or math.inf)
+        for process in ranks:
+            _, error = process.communicate(timeout=seconds and max(0, end - time.perf_counter()))
+            if process.returncode and b"is done" not in error:       # killed as it ended
+                sys.exit(f"a run failed: {error.decode()[-1000:]}")
+
+    def compare(out):
+        one, two = (sample.load_checkpoint(f"{folder}/ckpt.pt") for folder in (whole, out))
+        logs = [[{name: row[name] for name in row if not name.endswith(("per_s", "percent"))}
+                 for row in rows_of(f"{folder}/log.jsonl")] for folder in (whole, out)]
+        return logs[0] == logs[1] and all(torch.equal(one[part][name], two[part][name])
+                                          for part in ("net", "ema") for name in one[part])
+
+    with tempfile.TemporaryDirectory() as folder:
+        whole, done, equal, runs = f"{folder}/whole", 0, 0, 0
+        clock = time.perf_counter()
+        wait(start(whole))
+        seconds = time.perf_counter() - clock
+        while done < args.n:
+            out, runs = f"{folder}/{runs}", runs + 1
+            while True:
+                ranks = start(out)
+                try:
+                    wait(ranks, chance.uniform(0.3, 0.95) * seconds if done < args.n else None)
+                    break
+                except subprocess.TimeoutExpired:
+                    for process in ranks:
+                        process.kill()
+                    for process in ranks:
+                        process.communicate()
+                    done += 1
+                    rows = rows_of(f"{out}/log.jsonl")
+                    print(f"kill {done}, of run {runs}: after {rows[-1]['step'] if rows else 0} "
+                          f"of {args.steps} steps", flush=True)
+            equal += compare(out)
+    print(f"{done} kills of {args.processes} process(es), {runs} runs of {args.steps} steps: "
+          f"{runs - equal} differ from the undisturbed one; {hardware()}, "
+          f"{time.strftime('%Y-%m-%d')}")
 
 
 def main(args):
@@ -402,9 +528,31 @@ def parser():
     q.add_argument("--micro_batch_size", type=int, help="as for train.py")
     q.add_argument("--steps", type=int, default=10, help="steps a round (default: %(default)s)")
     q.add_argument("--rounds", type=int, default=5, help="repetitions (default: %(default)s)")
+    q.add_argument("--calls", type=int, default=4,
+                   help="network calls that sampling is measured by; 0 is off (default: "
+                        "%(default)s; images/s are for 250)")
+    q.add_argument("--rows", metavar="FILE", help="append the rows to a .jsonl file, too")
     q.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on GPUs")
     q.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
     q.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    q = tables.add_parser("scaling", help="images/s over the number of processes",
+                          allow_abbrev=False)
+    q.set_defaults(table=scaling)
+    q.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="default: 1 2")
+    q.add_argument("--model", default="SiT-S/2", choices=model.NAMES, metavar="MODEL",
+                   help="default: %(default)s")
+    q.add_argument("--batch_size", type=int, default=8,
+                   help="images a process and step (default: %(default)s)")
+    q.add_argument("--steps", type=int, default=4, help="steps a round (default: %(default)s)")
+    q.add_argument("--rounds", type=int, default=3, help="repetitions (default: %(default)s)")
+    q = tables.add_parser("kills", help="kill training at random moments, compare how it ends",
+                          allow_abbrev=False)
+    q.set_defaults(table=kills)
+    q.add_argument("--n", type=int, default=20, help="kills (default: %(default)s)")
+    q.add_argument("--processes", type=int, default=1, help="of the run (default: %(default)s)")
+    q.add_argument("--steps", type=int, default=200,
+                   help="of each run (default: %(default)s)")
+    q.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     return p
 
 

@@ -26,7 +26,7 @@ def write_whole(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:                                    # a full disk: what is there stays, alone
+    except BaseException:                              # a full disk: what is there stays, alone
         with contextlib.suppress(OSError):
             os.remove(f"{path}.part")
         raise

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import socket
@@ -446,8 +447,8 @@ def photos(tmp_path_factory):
 def prepare(photos, out, *more, images="photos", kwargs=ENCODER.partition(" ")[2]):
     """python data.py --images ... in this process, which has torch, timm and diffusers by now."""
     flags = (f"--images {photos / images} --out {out} --size 32 --vae {photos / 'vae'} --encoder "
-             f"{ENCODER.split()[0]} {kwargs} --encoder_weights {photos / 'encoder.safetensors'} --r_keep 6 "
-             "--batch_size 4 --workers 0 --vae_scale 1.5")
+             f"{ENCODER.split()[0]} {kwargs} --encoder_weights {photos / 'encoder.safetensors'} "
+             "--r_keep 6 --batch_size 4 --workers 0 --vae_scale 1.5")
     data.main(data.parser().parse_args(flags.split() + " ".join(more).split()))
     return data.Prepared(str(out))
 
@@ -813,6 +814,28 @@ def test_links_in_a_circle_are_followed_once(photos, tmp_path):
     assert len(files) == 11 + 4 + 1 and classes == ["a", "b", "c", "d"]
     with pytest.raises(data.UserError, match="is inside --images"):
         prepare(photos, tmp_path / "images/out", f"--images {tmp_path / 'images'}")
+
+
+def test_features_are_kept_as_they_are_for_repa(photos, tmp_path, capsys):
+    """In the encoder's own units; their PCA is z."""
+    out = tmp_path / "out"
+    prepare(photos, out, "--keep_features")
+    assert "f.npy, the features of --keep_features, takes 4.22e-06 GB" in capsys.readouterr().out
+    assert 11 * 48 * 2 * 2 * 2 == 4224
+    kept = data.Prepared(str(out), features=True)
+    _, z, _, f = kept.unpack(kept.read(torch.arange(11)))
+    assert f.shape == (11, 48, 2, 2) and f.dtype == torch.float32
+    encoder = data.Encoder(ENCODER.split()[0], 32, None, str(photos / "encoder.safetensors"),
+                           {"depth": 2, "embed_dim": 48, "num_heads": 3})
+    files, _, _ = data.list_images(str(photos / "photos"))
+    image = data.load_image(os.path.join(os.fsencode(photos / "photos"), files[6]), 32)
+    image = data.from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])
+    assert encoder.features(image)[0].allclose(f[6], atol=0.01) and f.std() > 0.1
+    projected = pca.load(f"{out}/pca.npz").project(f.permute(0, 2, 3, 1).numpy())
+    assert np.abs(projected - kept.z.transpose(0, 2, 3, 1)).max() < 0.05
+    main(train, f"--data {out} --model SiT-T/2 --r 4 --repa 1 --steps 1 --batch_size 4 "
+                f"--sample_steps 2 --out {tmp_path / 'run'}")
+    assert "loss_repa" in losses(tmp_path / "run")[0]
 
 
 def test_what_is_there_stays_when_settings_differ(photos, prepared, tmp_path):
@@ -1486,17 +1509,18 @@ def flip_a_byte(whole):
 
 
 def test_a_full_disk_leaves_the_checkpoints_whole(workdir, tmp_path, monkeypatch):
+    """Files that may not grow beyond 1 MB behave like it, torch's own writer included."""
     monkeypatch.chdir(workdir)
     shutil.copytree(workdir / "out", tmp_path / "out")
     before = content(tmp_path / "out", "*.pt")
 
-    def full(checkpoint, file):
-        file.write(b"part")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(data.UserError, match="step 12 could not be saved.*No space left.*whole"):
-        main(train, f"--out {tmp_path / 'out'} --steps 12 --ckpt_every 100")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(data.UserError, match="File too large.*at step 12; .*whole"):
+            main(train, f"--out {tmp_path / 'out'} --steps 12 --ckpt_every 100")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert content(tmp_path / "out", "*.pt") == before
     assert not list((tmp_path / "out").glob("*.part"))
 

@@ -318,27 +318,25 @@ def newest_checkpoint(out):
 
 def save_checkpoint(out, checkpoint, keep=False):
     """out/ckpt.pt, as sample.load_checkpoint describes it; what was there becomes ckpt_prev.pt.
-    keep: as ckpt_STEP.pt too. UserError if it cannot be written; what was there stays."""
+    keep: as ckpt_STEP.pt too. OSError if it cannot be written; what was there stays."""
+    def write(file):
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:                    # how torch says that the disk is full
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
     path, new = f"{out}/ckpt.pt", f"{out}/ckpt_new.pt"
-    kept = f"{out}/ckpt_{checkpoint['step']:07d}.pt"
-    try:
-        write_whole(new, lambda file: torch.save(checkpoint, file))
-        if keep:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(kept)
-            try:
-                os.link(new, kept)                       # the same bytes on the disk
-            except OSError:                              # a file system without links
-                shutil.copyfile(new, kept + ".part")
-                os.replace(kept + ".part", kept)
-        if os.path.exists(path):
-            os.replace(path, f"{out}/ckpt_prev.pt")
-        os.replace(new, path)
-    except (OSError, RuntimeError) as error:             # torch.save says RuntimeError, too
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise data.UserError(f"step {checkpoint['step']} could not be saved in {out} ({reason}); "
-                             "the checkpoints there are whole: make room, and the same command "
-                             "goes on from the newest") from None
+    write_whole(new, write)
+    if keep:
+        kept = f"{out}/ckpt_{checkpoint['step']:07d}.pt"
+        try:
+            os.link(new, kept + ".part")                 # the same bytes on the disk
+        except OSError:                                  # a file system without links
+            shutil.copyfile(new, kept + ".part")
+        os.replace(kept + ".part", kept)
+    if os.path.exists(path):
+        os.replace(path, f"{out}/ckpt_prev.pt")
+    os.replace(new, path)
 
 
 def start_from(net, path, name):
@@ -666,7 +664,15 @@ def main(args):
               f"{', compiled' * args.compile}, writing {args.out}\n"
               f"settings: {json.dumps(settings)}", flush=True)
         truncate_log(f"{args.out}/log.jsonl", trainer.step)
-    ended_by = train(trainer, args.out, rank, n_processes)
+    try:
+        ended_by = train(trainer, args.out, rank, n_processes)
+    except torch.OutOfMemoryError as error:
+        raise data.UserError(f"{data.one_line(error)}; smaller parts of a batch may help, such as "
+                             f"--micro_batch_size {max(1, trainer.micro // 2)}, or "
+                             "--grad_checkpointing") from None
+    except OSError as error:
+        raise data.UserError(f"{error}, at step {trainer.step}; the checkpoints in {args.out} are "
+                             "whole: make room, and the same command goes on from there") from None
     if n_processes > 1:
         dist.destroy_process_group()
     if ended_by:
