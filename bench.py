@@ -445,12 +445,29 @@ def kills(args):
                               "WORLD_SIZE": str(args.processes), "MASTER_ADDR": "127.0.0.1",
                               "MASTER_PORT": str(port)}) for rank in range(args.processes)]
 
-    def wait(ranks, seconds=None):
-        end = time.perf_counter() + (seconds or math.inf)
+    def end(ranks):
         for process in ranks:
-            _, error = process.communicate(timeout=seconds and max(0, end - time.perf_counter()))
+            _, error = process.communicate()
             if process.returncode and b"is done" not in error:       # killed as it ended
                 sys.exit(f"a run failed: {error.decode()[-1000:]}")
+
+    def kill(ranks, out, seconds):
+        """That long after it took up training; False if it ends before."""
+        size, moment = log_size(out), math.inf
+        while time.perf_counter() < moment:
+            if any(process.poll() is not None for process in ranks):
+                return False
+            if moment == math.inf and log_size(out) > size:
+                moment = time.perf_counter() + seconds
+            time.sleep(0.001)
+        for process in ranks:
+            process.kill()
+        for process in ranks:
+            process.communicate()
+        return True
+
+    def log_size(out):
+        return os.path.getsize(f"{out}/log.jsonl") if os.path.exists(f"{out}/log.jsonl") else 0
 
     def compare(out):
         one, two = (sample.load_checkpoint(f"{folder}/ckpt.pt") for folder in (whole, out))
@@ -461,25 +478,20 @@ def kills(args):
 
     with tempfile.TemporaryDirectory() as folder:
         whole, done, equal, runs = f"{folder}/whole", 0, 0, 0
-        clock = time.perf_counter()
-        wait(start(whole))
-        seconds = time.perf_counter() - clock
+        end(start(whole))
+        seconds = args.steps * 32 / images_per_s(whole)
         while done < args.n:
             out, runs = f"{folder}/{runs}", runs + 1
-            while True:
+            while done < args.n:
                 ranks = start(out)
-                try:
-                    wait(ranks, chance.uniform(0.3, 0.95) * seconds if done < args.n else None)
+                if not kill(ranks, out, chance.uniform(0, 0.6) * seconds):
                     break
-                except subprocess.TimeoutExpired:
-                    for process in ranks:
-                        process.kill()
-                    for process in ranks:
-                        process.communicate()
-                    done += 1
-                    rows = rows_of(f"{out}/log.jsonl")
-                    print(f"kill {done}, of run {runs}: after {rows[-1]['step'] if rows else 0} "
-                          f"of {args.steps} steps", flush=True)
+                done += 1
+                print(f"kill {done}, of run {runs}: after step "
+                      f"{rows_of(f'{out}/log.jsonl')[-1]['step']} of {args.steps}", flush=True)
+            else:
+                ranks = start(out)
+            end(ranks)
             equal += compare(out)
     print(f"{done} kills of {args.processes} process(es), {runs} runs of {args.steps} steps: "
           f"{runs - equal} differ from the undisturbed one; {hardware()}, "

@@ -1351,7 +1351,8 @@ def trained(out, flags, at_call=None, rank=0, n_ranks=1, port=0, die=None):
 
 
 def train_together(out, flags="", n_ranks=1, **options):
-    """All ranks' exit codes; if one dies the others are killed, as torchrun does."""
+    """All ranks' exit codes; if one dies the others are killed, as torchrun does; if one ends with
+    an error they have ten seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -1361,8 +1362,14 @@ def train_together(out, flags="", n_ranks=1, **options):
     while len(codes) < n_ranks:
         pid, status = os.wait()
         codes[pid] = os.waitstatus_to_exitcode(status)
-        for other in set(pids) - set(codes) if codes[pid] < 0 else ():
-            os.kill(other, signal.SIGKILL)
+        others = set(pids) - set(codes)
+        if codes[pid]:
+            for _ in range(100 if codes[pid] > 0 else 0):
+                others -= {other for other in others
+                           if os.waitid(os.P_PID, other, os.WEXITED | os.WNOWAIT | os.WNOHANG)}
+                time.sleep(0.1 if others else 0)
+            for other in others:
+                os.kill(other, signal.SIGKILL)
     return [codes[pid] for pid in pids]
 
 
@@ -1564,6 +1571,24 @@ def test_a_gradient_that_is_not_finite_stops_the_run_everywhere(
     said = capfd.readouterr().err
     assert said.count("step 2 is not finite: the gradient's norm is") == 2
     assert sample.load_checkpoint(str(tmp_path / "ckpt.pt"))["step"] == 2
+
+
+def test_machines_that_do_not_share_a_disk_are_found_out(workdir, tmp_path, monkeypatch, capfd):
+    """Rank 1 looks for the checkpoint in another place."""
+    shutil.copytree(workdir / "out", tmp_path / "a/out")
+    (tmp_path / "b").mkdir()
+    for folder in "ab":
+        os.symlink(workdir / "prepared", tmp_path / folder / "prepared")
+    monkeypatch.chdir(tmp_path / "a")
+
+    def elsewhere(*args):
+        if os.environ["RANK"] == "1":
+            os.chdir(tmp_path / "b")
+
+    codes = train_together("out", "--steps 12", 2, at_call=(train, "newest_checkpoint", 0),
+                           die=elsewhere)
+    assert codes == [1, 1]
+    assert "different checkpoints (steps 8, 0), flags or data" in capfd.readouterr().err
 
 
 def start_weights(tmp_path, weights):

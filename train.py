@@ -34,7 +34,7 @@ FIXED = ("model", "fusion", "unconditional", "data", "r", "lam_z", "repa", "p_dr
          "lr", "batch_size", "ema", "init", "seed")
 # flags about where and how a run computes, which no checkpoint records
 OF_THE_MACHINE = ("out", "restart", "device", "bf16", "compile", "grad_checkpointing",
-                  "micro_batch_size")
+                  "micro_batch_size", "workers")
 REPA_WEIGHT = 0.5                       # REPA's, and its projector's hidden width
 REPA_WIDTH = 2048
 REPA_BLOCK = {"T": 2, "S": 4, "B": 4, "L": 8, "XL": 8}      # whose output is aligned; XL: REPA's
@@ -85,6 +85,8 @@ def parser():
     p.add_argument("--micro_batch_size", type=int,
                    help="images that a process computes at once: the gradients of its part of "
                         "--batch_size add up (default: the whole part)")
+    p.add_argument("--workers", type=int, default=4,
+                   help="threads that assemble the next batches (default: %(default)s)")
     p.add_argument("--grad_checkpointing", action=argparse.BooleanOptionalAction, default=False,
                    help="compute activations twice instead of keeping them: less memory, a third "
                         "more work (default: off)")
@@ -144,7 +146,7 @@ def resolve(given, checkpoint):
     return settings
 
 
-def check(settings, n_processes, micro_batch_size=None):
+def check(settings, n_processes, micro_batch_size=None, workers=1):
     """UserError for a value that no run can have."""
     def need(name, good, what):
         if not good(settings[name]):
@@ -167,6 +169,8 @@ def check(settings, n_processes, micro_batch_size=None):
     if micro_batch_size is not None and (micro_batch_size < 1 or each % micro_batch_size):
         raise data.UserError(f"--micro_batch_size {micro_batch_size} must divide the {each} images "
                              "that a process has of --batch_size")
+    if workers < 1:
+        raise data.UserError(f"--workers {workers} must be at least 1")
     sample.check_solver(settings["model"], None, settings["sample_steps"], "--sample_steps")
 
 
@@ -463,7 +467,7 @@ class StepCheck:
 
 class Trainer:
     """What a run consists of in one process, but for the loop: data, networks, optimizer. args: the
-    flags OF_THE_MACHINE; checkpoint: where to go on, or None. UserError if it does not fit."""
+    flags OF_THE_MACHINE; checkpoint: where to go on, or None. UserError if anything does not fit."""
     def __init__(self, settings, args, device, checkpoint=None, rank=0, n_processes=1):
         self.settings, self.args, self.device = settings, args, device
         self.source = data.open_data(settings["data"], settings["r"], settings["repa"] > 0)
@@ -568,7 +572,7 @@ def train(trainer, out, rank, n_processes):
     settings, device, sums = trainer.settings, trainer.device, trainer.sums
     first, steps, check = trainer.step, settings["steps"], None
     clock, logged, waited = time.perf_counter(), first, 0.0          # when and where the log stands
-    batches = data.prefetch(trainer.assemble, range(first, steps))
+    batches = data.prefetch(trainer.assemble, range(first, steps), trainer.args.workers)
     with noted_signals() as told, contextlib.closing(batches), tqdm(
             total=steps, initial=first, unit="step", disable=rank > 0, mininterval=1) as bar:
         stopping = False
@@ -628,7 +632,7 @@ def main(args):
     rank, n_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     path, checkpoint, trouble = (None, None, None) if args.restart else newest_checkpoint(args.out)
     settings, sheet = resolve(given, checkpoint), f"{args.out}/sheet.png"
-    check(settings, n_processes, args.micro_batch_size)
+    check(settings, n_processes, args.micro_batch_size, args.workers)
     if checkpoint:
         finished = os.path.exists(sheet) and os.path.getmtime(sheet) > os.path.getmtime(path)
         if checkpoint["step"] >= settings["steps"] + (not finished):
@@ -656,6 +660,13 @@ def main(args):
         dist.barrier()
     trainer = Trainer(settings, args, device, checkpoint, rank, n_processes)
     del checkpoint
+    if n_processes > 1:
+        seen = [None] * n_processes
+        dist.all_gather_object(seen, [trainer.step, settings, trainer.meta])
+        if any(other != seen[0] for other in seen):
+            raise data.UserError(f"the processes see different checkpoints (steps "
+                                 f"{', '.join(str(step) for step, *_ in seen)}), flags or data: "
+                                 "--out and --data must be on a disk that all machines share")
     if rank == 0:
         n_params = sum(param.numel() for param in trainer.net.parameters())
         print(f"{settings['model']} {settings['fusion']}, {n_params:,} parameters, on "
