@@ -12,6 +12,7 @@ not computed again.
 import argparse
 import copy
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -221,12 +222,12 @@ class Ours:
         before = torch.cuda.memory_allocated() if args.dev.type == "cuda" else 0
         self.trainer = train.Trainer(train.resolve(given, None), of_run, args.dev, None, rank,
                                      n_processes)
-        self.check = None
+        self.check, self.batches = None, data.prefetch(self.trainer.assemble, range(10 ** 9))
         self.resident = torch.cuda.memory_allocated() - before if before else 0
 
     def steps(self, n):
         trainer = self.trainer
-        for rows, parts in data.prefetch(trainer.assemble, range(trainer.step, trainer.step + n)):
+        for rows, parts in itertools.islice(self.batches, n):
             loss, t, norm = trainer.gradients(parts)
             if self.check:
                 self.check.told_to_stop()
@@ -351,9 +352,9 @@ def speed(args):
     say(f"batch {args.batch_size}, 256 tokens, {str(dtype)[6:]}{', compiled' * args.compile}; "
         f"{n_processes} process(es); {args.rounds} alternating rounds of {args.steps} steps; "
         f"{hardware()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; matrix product "
-        f"{peak / 1e12:.3g} TFLOP/s\n\n| | training images/s: median (least to most) | MFU % | "
-        f"ratio | {'memory GB | ' * on_gpu}sampling images/s |\n|---|---|---|---|---|"
-        f"{'---|' * on_gpu}")
+        f"{peak / 1e12:.3g} TFLOP/s; sampling in float32, 250 calls\n\n"
+        f"| | training images/s: median (least to most) | MFU % | ratio | "
+        f"{'memory GB | ' * on_gpu}sampling images/s |\n|---|---|---|---|---|{'---|' * on_gpu}")
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
             random_data(folder)
@@ -375,9 +376,9 @@ def speed(args):
                     if on_gpu:
                         memory[run] = torch.cuda.max_memory_allocated() - before + of_run.resident
             for run, of_run in runs.items():
-                rate, of_ours = statistics.median(rates[run]), runs.get(run, of_run)
-                ours = isinstance(of_run, Ours)
-                flop = forward_flop((of_ours if ours else runs[args.fusions[-1]]).trainer.arch)
+                rate, ours = statistics.median(rates[run]), isinstance(of_run, Ours)
+                flop = forward_flop(of_run.trainer.arch if ours else
+                                    {"name": name, "fusion": "merged", "r": 8})
                 row = {"model": name, "run": run, "n_processes": n_processes,
                        "images_per_s": rate, "least": min(rates[run]), "most": max(rates[run]),
                        "mfu_percent": 100 * 3 * flop * rate / peak,
@@ -397,7 +398,8 @@ def speed(args):
                 if rank == 0 and args.rows:
                     with open(args.rows, "a") as file:
                         file.write(json.dumps(row) + "\n")
-            del runs, of_run, of_ours
+            del runs, of_run
+            torch._dynamo.reset()                    # code for another width
     if n_processes > 1:
         dist.destroy_process_group()
 

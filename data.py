@@ -281,7 +281,12 @@ class Codec:
 
 def per_channel(value, x):
     """A number or a list of C numbers, to be broadcast over x (B, C, H, W)."""
-    return torch.tensor(value, device=x.device, dtype=x.dtype).view(-1, 1, 1)
+    return column_of(tuple(value), x.device, x.dtype) if isinstance(value, list) else value
+
+
+@functools.lru_cache(maxsize=4)                  # copied to a GPU once: a copy waits for it
+def column_of(values, device, dtype):
+    return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1)
 
 
 def scaled(x, scale, shift):
@@ -665,7 +670,7 @@ def is_complete(out, settings):
             raise UserError(f"{out}/{name} is damaged ({error}); choose another --out, or remove "
                             f"{out}") from None
         for key, value in settings.items():
-            if stored.get(key) != value:
+            if stored.get(key, False) != value:                # older folders lack the newest key
                 raise UserError(f"{out} was made with another --{key}: {stored.get(key)}, now "
                                 f"{value}; choose another --out, or remove it")
         return name == "meta.json"
@@ -764,7 +769,7 @@ def on_device(fitted, device):
 
 
 def check_scale(source, codec, n=16):
-    """UserError if n random images show that the codec's scale is wrong: at once, not at the end."""
+    """UserError if n random images show that the codec's scale is wrong: at once, not at last."""
     batches = source.batches(source.random_rows()[:n]).loader(workers=0)
     with source.autocast():
         x = [codec.encode(source.to_device(images[good])) for _, images, good in batches

@@ -311,7 +311,7 @@ class ReDi(nn.Module):
         tapped = ()
         for k, block in enumerate(self.blocks, 1):
             if self.grad_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, c, use_reentrant=False)
+                h = checkpoint(block, h, c, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = block(h, c)
             if k == tap:
@@ -428,3 +428,37 @@ def load_published(source, family=None):
     except RuntimeError as error:
         raise ValueError(str(error).splitlines()[-1].strip()) from None
     return net.eval()
+
+
+def adopt(net, given):
+    """Copy the weights of another net, `given`, into net, where both are the same model. What a
+    plain net lacks for z starts at 0: with merged tokens net's x is then that of the plain one.
+    Other classes get new embeddings; the null class stays. ValueError if they do not fit."""
+    if type(given.process) is not type(net.process):
+        raise ValueError("one of the two is DiT, the other SiT")
+    if given.r not in (0, net.r):
+        raise ValueError(f"it has --r {given.r}, this run {net.r}")
+    old, new = given.state_dict(), net.state_dict()
+    for name in new:
+        if name.startswith(("z_embedder.", "final_layer.linear_z.")) and not given.r:
+            old[name] = torch.zeros_like(new[name])
+    classes = "y_embedder.embedding_table.weight"
+    if given.n_classes != net.n_classes:
+        old[classes] = torch.cat([new[classes][:-1], old[classes][-1:]])
+    old["pos_embed"] = new["pos_embed"]                  # fixed; another image size has others
+    for name in new:
+        if name not in old or old[name].shape != new[name].shape:
+            found = f"is {tuple(old[name].shape)}" if name in old else "is not there"
+            raise ValueError(f"another model: {name} {found}, and must be "
+                             f"{tuple(new[name].shape)}")
+    net.load_state_dict(old)
+
+
+def projector(width, d, hidden=2048):
+    """REPA's (2410.06940): tokens (B, L, width) -> (B, L, d), to be aligned with features."""
+    layers = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden),
+                           nn.SiLU(), nn.Linear(hidden, d))
+    for linear in layers[::2]:
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    return layers

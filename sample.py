@@ -194,13 +194,15 @@ def read_weights(path):
                 raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
         with torch.serialization.safe_globals([argparse.Namespace]):     # the authors' settings
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (OSError, MemoryError):                         # no fault of the file's
+        raise
     except Exception as error:                             # damage raises anything
         raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from None
 
 
 def load_checkpoint(path):
     """A checkpoint of train.py, on the CPU: arch (model.build's arguments), settings, meta (the
-    data's), step, net, ema, projector (REPA's, or None), optimizer, sums. UserError if it is
+    data's), step, net, ema, projector (with --repa), optimizer, sums, machine. UserError if it is
     missing, damaged or not one."""
     if not os.path.exists(path):
         raise data.UserError(f"no checkpoint at {path}; make one with: python train.py")

@@ -1384,15 +1384,15 @@ def torn_write(path, write):
 @pytest.mark.parametrize("n_ranks", [1, 2])
 def test_killed_at_any_moment_a_run_ends_with_the_same_bits(
         workdir, tmp_path, monkeypatch, n_ranks):
-    """In an epoch's middle, in gradient accumulation, between the renames of a checkpoint, in the
-    write of one; 16 of 40 rows a step, so that the third step begins another epoch."""
+    """In an epoch's middle, in gradient accumulation, between the last renames of a checkpoint, in
+    the write of one; 16 of 40 rows a step, so that the third step begins another epoch."""
     monkeypatch.chdir(workdir)
     rows_of_step = data.rows_of_step
     monkeypatch.setattr(data, "rows_of_step", lambda *args: rows_of_step(*args[:-1], 40))
     flags = f"--micro_batch_size {8 // n_ranks} --ckpt_every 2 --keep_every 3"
     assert train_together(tmp_path / "whole", flags, n_ranks) == [0] * n_ranks
     moments = [((train.Objective, "forward", 1), None), ((train.Objective, "forward", 7), None),
-               ((os, "replace", 1), None), ((train, "write_whole", 1), torn_write),
+               ((os, "replace", 3), None), ((train, "write_whole", 1), torn_write),
                ((train.Trainer, "update", 1), None)]
     for at_call, die in moments:
         codes = train_together(tmp_path / "out", flags, n_ranks, at_call=at_call, die=die)
@@ -1451,13 +1451,32 @@ def test_gradients_of_several_processes_meet_once_a_step(workdir, tmp_path, monk
         assert (tmp_path / f"meetings_{rank}").read_text().count("True") == 8
 
 
-def test_checkpointed_activations_and_clipping_in_order(workdir, tmp_path, monkeypatch, one_thread):
-    """Computed twice, the same bits; clipped at a norm that none has, too; at a small one not."""
+def test_checkpointed_activations_are_computed_twice_to_the_same_bits(workdir):
+    figures = []
+    for flag in ("--no-grad_checkpointing", "--grad_checkpointing"):
+        trainer = train.Trainer(settings_for("--data", str(workdir / "prepared/digits")),
+                                train.parser().parse_args(["--no-bf16", flag]), torch.device("cpu"))
+        calls = []
+        for block in trainer.net.blocks:
+            block.register_forward_pre_hook(lambda *args: calls.append(1))
+        loss, _, norm = trainer.gradients(trainer.assemble(0)[1])
+        figures.append((len(calls), loss.tolist(), norm.item()))
+    assert [calls for calls, *_ in figures] == [4, 8] and figures[0][1:] == figures[1][1:]
+
+
+@pytest.mark.slow
+def test_compiled_training_takes_the_same_steps(workdir, tmp_path, monkeypatch):
+    """By inductor: forward, backward, twice computed activations, and two processes."""
     monkeypatch.chdir(workdir)
-    for i, (flags, same) in enumerate((("--grad_checkpointing", True), ("--grad_clip 1e9", True),
-                                       ("--grad_clip 0.1", False))):
-        main(train, f"{BRIEF.removeprefix('train.py ')} --out {tmp_path / str(i)} {flags}")
-        assert (losses(tmp_path / str(i)) == losses(workdir / "out")) == same
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    run(f"{BRIEF} --compile --grad_checkpointing --out {tmp_path / 'one'}", workdir)
+    run(f"{BRIEF} --compile --micro_batch_size 4 --out {tmp_path / 'two'}", workdir,
+        launcher=torchrun)
+    for out in ("one", "two"):
+        for plain, compiled in zip(losses(workdir / "out"), losses(tmp_path / out), strict=True):
+            assert compiled == pytest.approx(plain, rel=1e-3)
+    checkpoint = sample.load_checkpoint(str(tmp_path / "two/ckpt.pt"))
+    assert set(checkpoint["net"]) == set(model.build(**checkpoint["arch"]).state_dict())
 
 
 def test_the_gradients_norm_is_logged_before_clipping(workdir):
@@ -1470,21 +1489,34 @@ def test_the_gradients_norm_is_logged_before_clipping(workdir):
     assert (trainer.sums[-1] / trainer.sums[0]).item() == pytest.approx(norm.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number, times", [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
 def test_a_signal_saves_at_the_next_step_and_says_so(
-        workdir, tmp_path, monkeypatch, capfd, number):
-    """To one process of two: both end, and going on ends where the undisturbed run does."""
+        workdir, tmp_path, monkeypatch, capfd, number, times):
+    """To one process of two, SIGTERM twice: both end, the other not before the checkpoint is there,
+    and going on ends where the undisturbed run does."""
     monkeypatch.chdir(workdir)
+    save, seen = train.save_checkpoint, tmp_path / "seen"
+
+    def slowly(*args):
+        time.sleep(0.5)
+        save(*args)
 
     def send(*args):
         if os.environ["RANK"] == "1":
-            os.kill(os.getpid(), number)
+            for _ in range(times):
+                os.kill(os.getpid(), number)
 
+    monkeypatch.setattr(train, "save_checkpoint", slowly)
+    destroy = train.dist.destroy_process_group
+    monkeypatch.setattr(train.dist, "destroy_process_group", lambda: seen.write_text(
+        str((tmp_path / "ckpt.pt").exists())) and destroy())
     codes = train_together(tmp_path, "--ckpt_every 100", 2,
                            at_call=(train.Trainer, "gradients", 3), die=send)
     assert codes[0] == 128 + signal.SIGTERM and codes[1] == 128 + number
+    assert seen.read_text() == "True"
     saved = sample.load_checkpoint(str(tmp_path / "ckpt.pt"))["step"]
-    assert 3 <= saved <= 5 and "goes on from there" in capfd.readouterr().err
+    said = f"SIGTERM: saved {tmp_path}/ckpt.pt at step {saved}; the same command goes on"
+    assert 3 <= saved <= 5 and said in capfd.readouterr().err
     assert train_together(tmp_path, "--ckpt_every 100", 2) == [0, 0]
     for one, other in zip(losses(workdir / "out"), losses(tmp_path), strict=True):
         assert other == pytest.approx(one, rel=1e-4)
@@ -1510,6 +1542,18 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(
         main(train, f"--out {tmp_path / '0'}")
 
 
+def test_trouble_in_reading_a_checkpoint_is_no_damage(workdir, tmp_path, monkeypatch):
+    shutil.copytree(workdir / "out", tmp_path / "out")
+
+    def broken_disk(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sample.zipfile, "ZipFile", broken_disk)
+    with pytest.raises(OSError, match="Input/output"):
+        main(train, f"--out {tmp_path / 'out'}")
+    assert (tmp_path / "out/ckpt.pt").exists()
+
+
 def flip_a_byte(whole):
     at = whole.index(b"/data/") + 50_000
     return whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]
@@ -1524,7 +1568,7 @@ def test_a_full_disk_leaves_the_checkpoints_whole(workdir, tmp_path, monkeypatch
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     try:
-        with pytest.raises(data.UserError, match="File too large.*at step 12; .*whole"):
+        with pytest.raises(data.UserError, match="File too large.*whole: .*goes on"):
             main(train, f"--out {tmp_path / 'out'} --steps 12 --ckpt_every 100")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -1550,7 +1594,7 @@ def test_a_loss_that_is_not_finite_names_the_images_and_no_checkpoint_has_it(
     order = torch.cat([data.rows_of_step(0, step, 128, 1618) for step in range(13)])
     step = order.tolist().index(5) // 128
     with pytest.raises(data.UserError, match=fr"^step {step} is not finite: the loss of row 5 at t "
-                                             r"0\.\d+; nothing"):
+                                             r"0\.\d+; the last"):
         main(train, f"--steps 20 --ckpt_every 1 --out {tmp_path}")
     assert max(seen) == step                                              # and no step after it
     saved = sample.load_checkpoint(str(tmp_path / "ckpt.pt"))
@@ -1601,7 +1645,7 @@ def test_a_plain_published_net_goes_on_with_redi_unchanged_at_step_0(tmp_path, f
     path = start_weights(tmp_path, {"ema": published(family, 0), "opt": 1,
                                     "args": argparse.Namespace(lr=1)})
     net = model.build(f"{family}-T/2", "merged", 3, 10, 4, 8).eval()
-    train.start_from(net, path, f"{family}-T/2")
+    model.adopt(net, sample.load_net(path, family))
     x_t, z_t, t, y = peer_inputs(family)
     with torch.no_grad():
         pred_x, pred_z = net(x_t, z_t, t, y)
@@ -1615,24 +1659,28 @@ def test_a_plain_published_net_goes_on_with_redi_unchanged_at_step_0(tmp_path, f
 def test_init_takes_our_checkpoint_redis_own_and_other_classes(workdir, tmp_path):
     saved = sample.load_checkpoint(str(workdir / "out/ckpt.pt"))
     net = model.build(**saved["arch"])
-    train.start_from(net, str(workdir / "out/ckpt.pt"), "SiT-T/2")
+    model.adopt(net, sample.load_net(str(workdir / "out/ckpt.pt")))
     assert all(torch.equal(w, net.state_dict()[name]) for name, w in saved["ema"].items())
     path = start_weights(tmp_path, published("SiT", 3))
     net = model.build("SiT-T/2", "separate", 3, 7, 4, 16)               # a larger image, too
     fresh = net.y_embedder.embedding_table.weight.clone()
-    train.start_from(net, path, "SiT-T/2")
+    model.adopt(net, sample.load_net(path))
     table = net.y_embedder.embedding_table.weight
     assert torch.equal(table[:-1], fresh[:-1])
     assert torch.equal(table[-1], published("SiT", 3)["y_embedder.embedding_table.weight"][-1])
-    for args, words in ((("SiT-T/2", "merged", 4, 10, 4, 8), "has --r 3, this run has 4"),
-                        (("SiT-S/2", "merged", 3, 10, 4, 8), "is no SiT-S/2"),
+    for args, words in ((("SiT-T/2", "merged", 4, 10, 4, 8), "has --r 3, this run 4"),
+                        (("DiT-T/2", "merged", 3, 10, 4, 8), "one of the two is DiT"),
+                        (("SiT-S/2", "merged", 3, 10, 4, 8), "another model"),
                         (("SiT-T/2", "merged", 3, 10, 2, 8), "x_embedder.proj.weight is")):
+        with pytest.raises(ValueError, match=words):
+            model.adopt(model.build(*args), sample.load_net(path))
+    digits = f"--data {workdir}/prepared/digits --out {tmp_path}/run --init"
+    (tmp_path / "broken.pt").write_bytes(b"nothing")
+    for flags, words in ((f"{digits} {path}", f"--init {path}: it has --r 3, this run 8"),
+                         (f"{digits} {tmp_path}/broken.pt", "no weights that are known"),
+                         (f"{digits} {tmp_path}/none", "none must be a file that exists")):
         with pytest.raises(data.UserError, match=words):
-            train.start_from(model.build(*args), path, args[0])
-    (tmp_path / "weights.pt").write_bytes(b"nothing")
-    for name, words in (("weights.pt", "no weights that are known"), ("none", "no weights at")):
-        with pytest.raises(data.UserError, match=words):
-            train.start_from(net, str(tmp_path / name), "SiT-T/2")
+            main(train, flags)
 
 
 def test_a_pickle_that_runs_code_is_no_weights(tmp_path):
@@ -1698,7 +1746,7 @@ def test_training_imports_neither_timm_nor_diffusers_and_help_not_even_torch(wor
 
 
 def test_the_process_that_dies_is_in_torchruns_summary_with_its_error(workdir, tmp_path):
-    """A prepared folder whose z is missing for one of two processes."""
+    """And its line stands alone, before the summary."""
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     said = run(f"train.py --data {tmp_path}/nothing --batch_size 4 --out {tmp_path}/out", workdir,
                ok=False, launcher=torchrun)
@@ -1950,6 +1998,31 @@ def test_the_judges_read_real_digits_and_not_noise():
     noise = np.repeat(rng.integers(0, 256, (400, 8, 8, 1), np.uint8), 3, -1)
     judged = fid.judge_digits(noise, rng.integers(0, 10, 400))
     assert judged["read_as_asked_percent"] < 30 and judged["frechet_pixels_400_vs_179"] > 5
+
+
+# bench.py
+
+def test_flop_are_the_published_ones():
+    """6.06 and 118.64 GMAC a forward pass at 256 tokens (shared facts), 2 FLOP each."""
+    for name, gmac in (("SiT-S/2", 6.06), ("SiT-XL/2", 118.64)):
+        arch = {"name": name, "fusion": "merged", "r": 8}
+        assert bench.forward_flop(arch) / 2e9 == pytest.approx(gmac, rel=0.01)
+        twice = bench.forward_flop(arch | {"fusion": "separate"}) / bench.forward_flop(arch)
+        assert 2 < twice < 2.25                                         # attention's share is more
+
+
+def test_speed_counts_images_of_its_own_steps(tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "rows.jsonl"
+    main(bench, "speed --models SiT-T/2 --batch_size 2 --steps 2 --rounds 2 --calls 2 "
+                f"--rows {rows}")
+    none, merged, separate = (json.loads(line) for line in rows.read_text().splitlines())
+    assert none["ratio"] == 1 and separate["ratio"] < none["ratio"] and separate["mfu_percent"] > 0
+    for row in (none, merged, separate):
+        flop = bench.forward_flop({"name": "SiT-T/2", "fusion": row["run"], "r": 8})
+        assert row["mfu_percent"] == pytest.approx(
+            300 * flop * row["images_per_s"] / row["peak_flop_per_s"])
+        assert row["least"] <= row["images_per_s"] <= row["most"]
+    assert "| SiT-T/2 separate | " in capsys.readouterr().out
 
 
 # command lines, as a user types them

@@ -35,8 +35,7 @@ FIXED = ("model", "fusion", "unconditional", "data", "r", "lam_z", "repa", "p_dr
 # flags about where and how a run computes, which no checkpoint records
 OF_THE_MACHINE = ("out", "restart", "device", "bf16", "compile", "grad_checkpointing",
                   "micro_batch_size", "workers")
-REPA_WEIGHT = 0.5                       # REPA's, and its projector's hidden width
-REPA_WIDTH = 2048
+REPA_WEIGHT = 0.5                       # REPA's own
 REPA_BLOCK = {"T": 2, "S": 4, "B": 4, "L": 8, "XL": 8}      # whose output is aligned; XL: REPA's
 N_JUDGED = 1_000                        # generated digits behind the closing numbers
 
@@ -159,6 +158,7 @@ def check(settings, n_processes, micro_batch_size=None, workers=1):
         need(name, lambda value: 0 <= value <= 1, "between 0 and 1")
     for name in ("lam_z", "repa", "grad_clip"):
         need(name, lambda value: 0 <= value < math.inf, "0 or more")
+    need("init", lambda path: path is None or os.path.exists(path), "a file that exists")
     need("seed", lambda seed: 0 <= seed < 2 ** 63, "between 0 and 2^63")
     need("lr", lambda lr: 0 < lr < math.inf, "above 0")
     if settings["fusion"] != "none":
@@ -216,16 +216,6 @@ def repa_loss(projected, f):
     return -F.cosine_similarity(projected.float(), f, -1).mean(1)
 
 
-def projector(width, d):
-    """REPA's: tokens (B, L, width) -> (B, L, d), three layers."""
-    layers = nn.Sequential(nn.Linear(width, REPA_WIDTH), nn.SiLU(),
-                           nn.Linear(REPA_WIDTH, REPA_WIDTH), nn.SiLU(), nn.Linear(REPA_WIDTH, d))
-    for linear in layers[::2]:
-        nn.init.xavier_uniform_(linear.weight)
-        nn.init.zeros_(linear.bias)
-    return layers
-
-
 class Objective(nn.Module):
     """What is minimised, with everything that is trained in one module, as several processes need
     it. d: channels of the features for REPA, 0 without."""
@@ -234,7 +224,7 @@ class Objective(nn.Module):
         self.net, self.settings = net, settings
         _, size, _ = model.parse_name(settings["model"])
         self.tap = {"tap": REPA_BLOCK[size]} if d else {}
-        self.projector = projector(model.SIZES[size][1], d) if d else None
+        self.projector = model.projector(model.SIZES[size][1], d) if d else None
 
     def forward(self, x, z, y, f, u, u_y, u_z, eps_x, eps_z):
         """A batch and its draws (draw()'s) -> the loss (B,) per sample, t (B,), tally()'s sums."""
@@ -276,7 +266,8 @@ N_SUMS = 15                             # tally's, and last the gradient norm
 def log_entry(step, sums, settings, images_per_s, waited):
     """A line of log.jsonl. Losses are means since the last line; loss_z over the samples that kept
     z; loss_q0..q3 the joint loss by quarter of t (null where no sample fell); grad_norm before
-    clipping; waited_percent the share of time in which the next batch was not there yet."""
+    clipping; waited_percent the share of time in which the next batch was not there yet, at most
+    which a GPU has waited for it."""
     n, kept, loss, loss_x, loss_z, loss_repa, *quarters, grad_norm = sums.tolist()
     entry = {"step": step, "loss": loss / n, "loss_x": loss_x / n}
     if settings["fusion"] != "none":
@@ -343,31 +334,6 @@ def save_checkpoint(out, checkpoint, keep=False):
     os.replace(new, path)
 
 
-def start_from(net, path, name):
-    """The weights of a file into net, which `name` says; what the file lacks for z is 0, so that
-    with merged tokens net begins as the plain one that it was. UserError if it does not fit."""
-    family, _, _ = model.parse_name(name)
-    given = sample.load_net(path, family)
-    old, new = given.state_dict(), net.state_dict()
-    of_z = [key for key in new if key.startswith(("z_embedder.", "final_layer.linear_z."))]
-    if type(given.process) is not type(net.process):
-        raise data.UserError(f"--init {path} is no {family}")
-    if given.r not in (0, net.r):
-        raise data.UserError(f"--init {path} has --r {given.r}, this run has {net.r}")
-    if given.r == 0:
-        old |= {key: torch.zeros_like(new[key]) for key in of_z}
-    classes = "y_embedder.embedding_table.weight"
-    if given.n_classes != net.n_classes:                 # other classes: no class is theirs
-        old[classes] = torch.cat([new[classes][:-1], old[classes][-1:]])
-    old["pos_embed"] = new["pos_embed"]                  # fixed; another size has others
-    for key in new:
-        if key not in old or old[key].shape != new[key].shape:
-            raise data.UserError(f"--init {path} is no {name}: {key} is "
-                                 f"{tuple(old[key].shape) if key in old else 'not there'}, and "
-                                 f"must be {tuple(new[key].shape)}")
-    net.load_state_dict(old)
-
-
 def generate(ema, n, settings, batch_size, device, progress=False):
     """n samples from the EMA, its first ten classes in turn, from the same noise at every call:
     x, z, y."""
@@ -406,10 +372,12 @@ def finish(ema, settings, meta, out, device):
 @contextlib.contextmanager
 def noted_signals():
     """A list that gets SIGTERM and SIGINT (Ctrl-C), which end nothing meanwhile: the loop saves and
-    ends when it sees one. A second one of its kind ends the process at once."""
+    ends when it sees one. A second Ctrl-C ends the process at once; SIGTERM may come twice, from
+    the cluster and from torchrun."""
     def note(number, frame):
         noted.append(number)
-        signal.signal(number, before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
 
     noted = []
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -447,8 +415,8 @@ class StepCheck:
                 dist.all_gather_object(found, self.blame())
             raise data.UserError(
                 f"step {self.step} is not finite: {'; '.join(filter(None, found)) or self.batch()};"
-                " nothing was saved since. Go on with --grad_clip 1, or start over with a lower "
-                "--lr; or look at those images")
+                " the last checkpoint is from before. Look at those images; go on with --grad_clip "
+                "1, or start over with a lower --lr")
         return told > 0
 
     def blame(self):
@@ -465,9 +433,14 @@ class StepCheck:
                 f"{self.rows[:4].tolist()} and on)")
 
 
+def of_each(parts, function):
+    """function(part) of each part, None of None."""
+    return [None if part is None else function(part) for part in parts]
+
+
 class Trainer:
     """What a run consists of in one process, but for the loop: data, networks, optimizer. args: the
-    flags OF_THE_MACHINE; checkpoint: where to go on, or None. UserError if anything does not fit."""
+    flags OF_THE_MACHINE; checkpoint: where to go on, or None. UserError if that does not fit."""
     def __init__(self, settings, args, device, checkpoint=None, rank=0, n_processes=1):
         self.settings, self.args, self.device = settings, args, device
         self.source = data.open_data(settings["data"], settings["r"], settings["repa"] > 0)
@@ -490,7 +463,11 @@ class Trainer:
         d = self.source.f.shape[1] if settings["repa"] else 0
         self.objective = Objective(net, settings, d)
         if settings["init"] and not checkpoint:
-            start_from(net, settings["init"], settings["model"])
+            family, _, _ = model.parse_name(settings["model"])
+            try:
+                model.adopt(net, sample.load_net(settings["init"], family))
+            except ValueError as error:
+                raise data.UserError(f"--init {settings['init']}: {error}") from None
         self.ema = copy.deepcopy(net).eval().requires_grad_(False).to(device)
         self.params = list(self.objective.to(device).parameters())
         self.optimizer = torch.optim.AdamW(self.params, lr=settings["lr"], betas=(0.9, 0.999),
@@ -498,17 +475,19 @@ class Trainer:
         self.step, self.sums = 0, torch.zeros(N_SUMS, dtype=torch.float64, device=device)
         if checkpoint:
             self.step = checkpoint["step"]
-            for name, part in self.parts().items():
-                part.load_state_dict(checkpoint[name])
+            for name, part in self.parts().items():      # copied: AdamW would use the file's pages
+                part.load_state_dict(copy.deepcopy(checkpoint[name]))
             if rank == 0:
                 self.sums += checkpoint["sums"].to(device)
         net.grad_checkpointing = args.grad_checkpointing
         if args.compile:
+            torch._dynamo.config.optimize_ddp = False    # it would cut the blocks into pieces
             for block in net.blocks:                                 # one block's code serves all
-                block.compile()
+                block.compile(dynamic=False)
         self.parallel = self.objective
         if n_processes > 1:
-            self.parallel = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
+            self.parallel = DistributedDataParallel(self.objective, broadcast_buffers=False,
+                                                    gradient_as_bucket_view=True)
 
     def parts(self):
         """What has a state to save, by its name in a checkpoint."""
@@ -516,9 +495,10 @@ class Trainer:
         return parts | ({"projector": self.objective.projector} if self.settings["repa"] else {})
 
     def checkpoint(self):
-        return {"arch": self.arch, "settings": self.settings, "meta": self.meta, "step": self.step,
-                "sums": self.sums.cpu()} | {name: part.state_dict()
-                                            for name, part in self.parts().items()}
+        machine = {name: getattr(self.args, name) for name in OF_THE_MACHINE}
+        return {"arch": self.arch, "settings": self.settings, "machine": machine,
+                "meta": self.meta, "step": self.step, "sums": self.sums.cpu()} | {
+                    name: part.state_dict() for name, part in self.parts().items()}
 
     def assemble(self, step):
         """This process's part of a step: the rows of its images, they and their draws, on the CPU:
@@ -529,20 +509,19 @@ class Trainer:
                      source.has_std)
         parts = [*source.read(numbers[self.mine]), *draws]
         if self.device.type == "cuda":
-            parts = [None if part is None else part.pin_memory() for part in parts]
+            parts = of_each(parts, torch.Tensor.pin_memory)
         return source.rows(numbers[self.mine].numpy()), parts
 
     def gradients(self, parts):
         """Fill the gradients of the mean loss over all processes, and add to the sums; parts:
         assemble()'s. Returns this process's loss (B,) and t (B,), and the gradients' norm before
         they are clipped."""
-        parts = [None if part is None else part.to(self.device, non_blocking=True)
-                 for part in parts]
+        parts = of_each(parts, lambda part: part.to(self.device, non_blocking=True))
         self.optimizer.zero_grad()
         losses, ts = [], []
         for start in range(0, self.n, self.micro):
-            *stored, u, u_y, u_z, eps_x, eps_z, eps_vae = (
-                None if part is None else part[start:start + self.micro] for part in parts)
+            *stored, u, u_y, u_z, eps_x, eps_z, eps_vae = of_each(
+                parts, lambda part: part[start:start + self.micro])
             last = start + self.micro == self.n              # gradients meet once a step
             with contextlib.nullcontext() if last or not dist.is_initialized() \
                     else self.parallel.no_sync():
@@ -577,11 +556,13 @@ def train(trainer, out, rank, n_processes):
             total=steps, initial=first, unit="step", disable=rank > 0, mininterval=1) as bar:
         stopping = False
         while True:
-            step, paused = trainer.step, time.perf_counter()
-            ending = stopping or step >= steps
+            step, ending = trainer.step, stopping or trainer.step >= steps
             keep = settings["keep_every"] > 0 and step % settings["keep_every"] == 0
-            if step > first and (ending or keep or step % settings["ckpt_every"] == 0):
+            due = step > first and (ending or keep or step % settings["ckpt_every"] == 0)
+            if due:
                 check.told_to_stop()                                 # is it finite?
+            paused = time.perf_counter()
+            if due:
                 if n_processes > 1:
                     dist.reduce(sums, 0)                             # rank 0 has them from here on
                 if rank == 0:
@@ -626,11 +607,31 @@ def train(trainer, out, rank, n_processes):
     return (told or [signal.SIGTERM])[0] if step < steps else None
 
 
+def same_command(args):
+    return "the same command" + " without --restart" * args.restart
+
+
+@contextlib.contextmanager
+def clear_errors(args):
+    """Too little memory or disk, in one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise data.UserError(f"{data.one_line(error)}; a smaller --micro_batch_size helps, and "
+                             "--grad_checkpointing") from None
+    except OSError as error:
+        raise data.UserError(f"{error}; the checkpoints in {args.out} are whole: when that is "
+                             f"mended (a full disk?), {same_command(args)} goes on from there"
+                             ) from None
+
+
 def main(args):
     given = {name: value for name, value in vars(args).items()
              if value is not None and name not in OF_THE_MACHINE}
     rank, n_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    path, checkpoint, trouble = (None, None, None) if args.restart else newest_checkpoint(args.out)
+    # torchrun's own restarts, of a run that failed, go on
+    restart = args.restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    path, checkpoint, trouble = (None, None, None) if restart else newest_checkpoint(args.out)
     settings, sheet = resolve(given, checkpoint), f"{args.out}/sheet.png"
     check(settings, n_processes, args.micro_batch_size, args.workers)
     if checkpoint:
@@ -644,7 +645,8 @@ def main(args):
     args.bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     if n_processes > 1:                                    # long: a preview or a save takes minutes
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+        on_gpu = {"device_id": device} if device.type == "cuda" else {}
+        dist.init_process_group("nccl" if on_gpu else "gloo", **on_gpu,
                                 timeout=datetime.timedelta(hours=1))
     if rank == 0:
         data.open_data(settings["data"], settings["r"], settings["repa"] > 0)   # made by one
@@ -652,13 +654,14 @@ def main(args):
         if trouble:
             print(f"{trouble}: going on from {path}, step {checkpoint['step']}", file=sys.stderr)
             os.replace(f"{args.out}/ckpt.pt", f"{args.out}/ckpt.pt.damaged")
-        elif args.restart:                                 # keeps the old run's
+        elif restart:                                      # keeps the old run's
             for old in glob.glob(f"{glob.escape(args.out)}/ckpt*.pt") + [f"{args.out}/log.jsonl"]:
                 if os.path.exists(old):
                     os.replace(old, f"{old}.old")
     if n_processes > 1:
         dist.barrier()
-    trainer = Trainer(settings, args, device, checkpoint, rank, n_processes)
+    with clear_errors(args):
+        trainer = Trainer(settings, args, device, checkpoint, rank, n_processes)
     del checkpoint
     if n_processes > 1:
         seen = [None] * n_processes
@@ -673,23 +676,18 @@ def main(args):
               f"{trainer.source.n:,} images: steps {trainer.step} to {settings['steps']}, "
               f"{n_processes} process(es) on {device}{' in bfloat16' * args.bf16}"
               f"{', compiled' * args.compile}, writing {args.out}\n"
-              f"settings: {json.dumps(settings)}", flush=True)
+              f"settings: {json.dumps(settings)}, with "
+              f"{json.dumps({name: getattr(args, name) for name in OF_THE_MACHINE})}", flush=True)
         truncate_log(f"{args.out}/log.jsonl", trainer.step)
-    try:
+    with clear_errors(args):
         ended_by = train(trainer, args.out, rank, n_processes)
-    except torch.OutOfMemoryError as error:
-        raise data.UserError(f"{data.one_line(error)}; smaller parts of a batch may help, such as "
-                             f"--micro_batch_size {max(1, trainer.micro // 2)}, or "
-                             "--grad_checkpointing") from None
-    except OSError as error:
-        raise data.UserError(f"{error}, at step {trainer.step}; the checkpoints in {args.out} are "
-                             "whole: make room, and the same command goes on from there") from None
     if n_processes > 1:
+        dist.barrier()                                     # until rank 0 has saved
         dist.destroy_process_group()
     if ended_by:
         if rank == 0:
-            print(f"{signal.Signals(ended_by).name}: saved {args.out}/ckpt.pt; the same command "
-                  "goes on from there", file=sys.stderr)
+            print(f"{signal.Signals(ended_by).name}: saved {args.out}/ckpt.pt at step "
+                  f"{trainer.step}; {same_command(args)} goes on from there", file=sys.stderr)
         sys.exit(128 + ended_by)                           # as shells report a signal
     if rank == 0:
         finish(trainer.ema, settings, trainer.meta, args.out, device)
