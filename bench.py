@@ -419,7 +419,8 @@ def scaling(args):
                     stdout=subprocess.DEVNULL, env={"OMP_NUM_THREADS": "1"} | os.environ)
                 rates[n].append(rows_of(rows)[0]["images_per_s"])
     print(f"{args.model} merged, {args.batch_size} images a process and step, {args.rounds} "
-          f"alternating rounds of {args.steps} steps; {hardware()}, {time.strftime('%Y-%m-%d')}\n\n"
+          f"alternating rounds of {args.steps} steps; one thread a process on a CPU, {hardware()} in "
+          f"all, {time.strftime('%Y-%m-%d')}\n\n"
           "| processes | images/s: median (least to most) | of ideal % |\n|---|---|---|")
     alone = statistics.median(rates[args.processes[0]]) / args.processes[0]
     for n, rounds in rates.items():
@@ -564,8 +565,7 @@ def parser():
     q.set_defaults(table=kills)
     q.add_argument("--n", type=int, default=20, help="kills (default: %(default)s)")
     q.add_argument("--processes", type=int, default=1, help="of the run (default: %(default)s)")
-    q.add_argument("--steps", type=int, default=200,
-                   help="of each run (default: %(default)s)")
+    q.add_argument("--steps", type=int, default=60, help="of each run (default: %(default)s)")
     q.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     return p
 
