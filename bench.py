@@ -419,8 +419,8 @@ def scaling(args):
                     stdout=subprocess.DEVNULL, env={"OMP_NUM_THREADS": "1"} | os.environ)
                 rates[n].append(rows_of(rows)[0]["images_per_s"])
     print(f"{args.model} merged, {args.batch_size} images a process and step, {args.rounds} "
-          f"alternating rounds of {args.steps} steps; one thread a process on a CPU, {hardware()} in "
-          f"all, {time.strftime('%Y-%m-%d')}\n\n"
+          f"alternating rounds of {args.steps} steps; a CPU's processes have one thread each; "
+          f"{hardware()}, {time.strftime('%Y-%m-%d')}\n\n"
           "| processes | images/s: median (least to most) | of ideal % |\n|---|---|---|")
     alone = statistics.median(rates[args.processes[0]]) / args.processes[0]
     for n, rounds in rates.items():
