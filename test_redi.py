@@ -1495,7 +1495,7 @@ def test_a_signal_saves_at_the_next_step_and_says_so(
     """To one process of two, SIGTERM twice: both end, the other not before the checkpoint is there,
     and going on ends where the undisturbed run does."""
     monkeypatch.chdir(workdir)
-    save, seen = train.save_checkpoint, tmp_path / "seen"
+    save, destroy = train.save_checkpoint, train.dist.destroy_process_group
 
     def slowly(*args):
         time.sleep(0.5)
@@ -1506,14 +1506,17 @@ def test_a_signal_saves_at_the_next_step_and_says_so(
             for _ in range(times):
                 os.kill(os.getpid(), number)
 
+    def look_and_destroy():
+        there = (tmp_path / "ckpt.pt").exists()
+        (tmp_path / f"seen_by_{os.environ['RANK']}").write_text(str(there))
+        destroy()
+
     monkeypatch.setattr(train, "save_checkpoint", slowly)
-    destroy = train.dist.destroy_process_group
-    monkeypatch.setattr(train.dist, "destroy_process_group", lambda: seen.write_text(
-        str((tmp_path / "ckpt.pt").exists())) and destroy())
+    monkeypatch.setattr(train.dist, "destroy_process_group", look_and_destroy)
     codes = train_together(tmp_path, "--ckpt_every 100", 2,
                            at_call=(train.Trainer, "gradients", 3), die=send)
     assert codes[0] == 128 + signal.SIGTERM and codes[1] == 128 + number
-    assert seen.read_text() == "True"
+    assert [(tmp_path / f"seen_by_{rank}").read_text() for rank in "01"] == ["True", "True"]
     saved = sample.load_checkpoint(str(tmp_path / "ckpt.pt"))["step"]
     said = f"SIGTERM: saved {tmp_path}/ckpt.pt at step {saved}; the same command goes on"
     assert 3 <= saved <= 5 and said in capfd.readouterr().err
