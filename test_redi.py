@@ -1681,9 +1681,13 @@ def test_init_takes_our_checkpoint_redis_own_and_other_classes(workdir, tmp_path
     (tmp_path / "broken.pt").write_bytes(b"nothing")
     for flags, words in ((f"{digits} {path}", f"--init {path}: it has --r 3, this run 8"),
                          (f"{digits} {tmp_path}/broken.pt", "no weights that are known"),
-                         (f"{digits} {tmp_path}/none", "none must be a file that exists")):
+                         (f"{digits} {tmp_path}/none", "none: no such file")):
         with pytest.raises(data.UserError, match=words):
             main(train, flags)
+    brief = f"{BRIEF.removeprefix('train.py ')} --data {workdir}/prepared/digits --out {tmp_path}/b"
+    main(train, f"{brief} --r 4 --init {shutil.copy(workdir / 'out/ckpt.pt', tmp_path / 'a.pt')}")
+    (tmp_path / "a.pt").unlink()                                        # not needed any more
+    main(train, f"{brief} --steps 10 --init {tmp_path / 'a.pt'}")
 
 
 def test_a_pickle_that_runs_code_is_no_weights(tmp_path):
@@ -2165,7 +2169,7 @@ def test_torchruns_own_restart_of_a_restarted_run_goes_on(workdir, monkeypatch):
     monkeypatch.chdir(workdir)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(data.UserError, match="is done, with 8 steps"):
-        main(train, "--restart")
+        main(train, f"{BRIEF.removeprefix('train.py ')} --restart")
 
 
 @needs_shared

@@ -70,7 +70,8 @@ def parser():
     setting("grad_clip", "largest norm of the gradient; 0 is off", float)
     setting("ema", "decay of the averaged weights per step, ramped up from 0.1; 0 is off", float)
     setting("init", "start from these weights: a checkpoint of train.py, or weights that the "
-                    "authors of ReDi, SiT or DiT publish", str, metavar="FILE")
+                    "authors of ReDi, SiT or DiT publish", str, metavar="FILE",
+            default="random ones")
     setting("seed", "of the initial weights, the data order and every draw", int)
     setting("sample_steps", "network calls per image, for sheets and closing numbers", int)
     setting("log_every", "steps between lines of log.jsonl", int)
@@ -142,6 +143,8 @@ def resolve(given, checkpoint):
                 raise data.UserError(f"--{name} is about features z, and --fusion none has none; "
                                      "drop one of the two")
         settings |= {"r": 0, "lam_z": 0.0, "p_drop_z": 0.0}
+    if settings["init"] and not os.path.exists(settings["init"]):    # needed at the start alone
+        raise data.UserError(f"--init {settings['init']}: no such file")
     return settings
 
 
@@ -158,7 +161,6 @@ def check(settings, n_processes, micro_batch_size=None, workers=1):
         need(name, lambda value: 0 <= value <= 1, "between 0 and 1")
     for name in ("lam_z", "repa", "grad_clip"):
         need(name, lambda value: 0 <= value < math.inf, "0 or more")
-    need("init", lambda path: path is None or os.path.exists(path), "a file that exists")
     need("seed", lambda seed: 0 <= seed < 2 ** 63, "between 0 and 2^63")
     need("lr", lambda lr: 0 < lr < math.inf, "above 0")
     if settings["fusion"] != "none":
