@@ -1464,6 +1464,18 @@ def test_checkpointed_activations_are_computed_twice_to_the_same_bits(workdir):
     assert [calls for calls, *_ in figures] == [4, 8] and figures[0][1:] == figures[1][1:]
 
 
+def test_a_trainers_average_ramps_up_with_its_steps(workdir):
+    trainer = train.Trainer(settings_for("--data", str(workdir / "prepared/digits")),
+                            train.parser().parse_args(["--no-bf16"]), torch.device("cpu"))
+    weight, average = trainer.net.blocks[0].mlp.fc1.weight, trainer.ema.blocks[0].mlp.fc1.weight
+    expected = weight.detach().clone()
+    for decay in (1 / 10, 2 / 11, 3 / 12):
+        trainer.gradients(trainer.assemble(trainer.step)[1])
+        trainer.update()
+        expected = decay * expected + (1 - decay) * weight.detach()
+    assert average.allclose(expected, rtol=1e-5) and not average.allclose(weight, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_compiled_training_takes_the_same_steps(workdir, tmp_path, monkeypatch):
     """By inductor: forward, backward, twice computed activations, and two processes."""
