@@ -195,6 +195,17 @@ def prepare(args):
               f"{sizes[0]:,.0f} | {sizes[0] * 1_281_167 / 1e9:.1f} |")
 
 
+def allocated():
+    """Bytes on this process's GPU, 0 without one."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def random_data(folder, n=1024, r=8):
     """A prepared folder of random numbers with the shapes of ImageNet's at 256 pixels."""
     rng = np.random.default_rng(0)
@@ -219,11 +230,11 @@ class Ours:
                                             *flags])
         given = {flag: value for flag, value in vars(of_run).items()
                  if value is not None and flag not in train.OF_THE_MACHINE}
-        before = torch.cuda.memory_allocated() if args.dev.type == "cuda" else 0
+        before = allocated()
         self.trainer = train.Trainer(train.resolve(given, None), of_run, args.dev, None, rank,
                                      n_processes)
         self.check, self.batches = None, data.prefetch(self.trainer.assemble, range(10 ** 9))
-        self.resident = torch.cuda.memory_allocated() - before if before else 0
+        self.resident = allocated() - before
 
     def steps(self, n):
         trainer = self.trainer
@@ -257,7 +268,7 @@ class Theirs:
         from transport import create_transport
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self.theirs, self.transport = theirs, create_transport()
-        before = torch.cuda.memory_allocated() if args.dev.type == "cuda" else 0
+        before = allocated()
         self.net = theirs.SiT_models[name](input_size=32, in_channels=12, learn_sigma=False)
         self.net = self.net.to(args.dev).train()
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
@@ -271,7 +282,7 @@ class Theirs:
             self.encoder = timm.create_model("vit_base_patch14_reg4_dinov2", img_size=224,
                                              num_classes=0).to(args.dev).eval()
             self.components = torch.randn(8, 768, device=args.dev)
-        self.resident = torch.cuda.memory_allocated() - before if before else 0
+        self.resident = allocated() - before
 
     def steps(self, n):
         allowed = torch.backends.cuda.matmul, torch.backends.cudnn
@@ -308,7 +319,7 @@ def forward_flop(arch):
 
 
 def matmul_peak(device, dtype, size):
-    """FLOP/s of square matrices, the best of five."""
+    """FLOP/s of square matrices, the best of six products."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return max(2 * size ** 3 / seconds_of(lambda: a @ b, device) for _ in range(6))
 
@@ -330,18 +341,11 @@ def seconds_of(work, device):
 
 def speed(args):
     """Print training and sampling images/s of every fusion and, given their code, the authors'."""
-    rank, n_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    args.dev = data.pick_device(args.device)
-    on_gpu = args.dev.type == "cuda"
-    for name in ("bf16", "compile"):
-        if getattr(args, name) is None:
-            setattr(args, name, on_gpu)
+    rank, n_processes = train.place()
     if args.official and n_processes > 1:
         raise data.UserError("--official is for one process; leave it out")
-    if on_gpu:
-        torch.cuda.set_device(args.dev)
-    if n_processes > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+    args.dev = train.begin(args, n_processes)
+    on_gpu = args.dev.type == "cuda"
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     peak = n_processes * matmul_peak(args.dev, dtype, 8192 if on_gpu else 2048)
 
@@ -369,7 +373,7 @@ def speed(args):
                 for run, of_run in runs.items():
                     if on_gpu:                                       # all runs' weights lie there
                         torch.cuda.reset_peak_memory_stats()
-                        before = torch.cuda.memory_allocated()
+                        before = allocated()
                     seconds = seconds_of(lambda: of_run.steps(args.steps), args.dev)
                     if i:
                         rates[run].append(args.batch_size * args.steps / seconds)
@@ -437,9 +441,7 @@ def kills(args):
 
     def start(out):
         """As torchrun starts them, each of one thread."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         return [subprocess.Popen(
             [sys.executable, f"{here}/train.py", "--steps", str(args.steps), "--out", out,
              *"--batch_size 32 --micro_batch_size 8 --ckpt_every 3 --log_every 2".split(),

@@ -8,6 +8,8 @@ DiT: 2212.09748; SiT: 2401.08740. B batch, L tokens, C width, p patch, r channel
 """
 import argparse
 import math
+import os
+import zipfile
 
 import torch
 import torch.nn.functional as F
@@ -374,6 +376,24 @@ def build(name, fusion="merged", r=8, n_classes=1000, x_channels=4, x_size=32):
 X_CHANNELS = 4                            # of all published weights: latents of Stable Diffusion
 
 
+def read_weights(path):
+    """What torch.save wrote to that file, on the CPU. ValueError if it is damaged or would run
+    code."""
+    try:
+        is_zip = zipfile.is_zipfile(path)                  # torch's format, but for old published
+        if is_zip:                                         # files; it has CRCs
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
+        with torch.serialization.safe_globals([argparse.Namespace]):     # the authors' settings
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (OSError, MemoryError):                         # no fault of the file's
+        raise
+    except Exception as error:                             # damage raises anything
+        raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from None
+
+
 def load_published(source, family=None):
     """The network, in eval mode, of weights that the authors of ReDi, SiT or DiT publish.
 
@@ -384,9 +404,8 @@ def load_published(source, family=None):
     ReDi's one embedding and one decoder of 4 + r channels, x first, become two of each. SiT's files
     may carry DiT's variance outputs, which SiT does not use: they are left out.
     """
-    if not isinstance(source, dict):
-        with torch.serialization.safe_globals([argparse.Namespace]):       # and nothing else
-            source = torch.load(source, map_location="cpu", weights_only=True)
+    if isinstance(source, (str, os.PathLike)):
+        source = read_weights(source)
     if not isinstance(source, dict):
         raise ValueError(f"no state dict but a {type(source).__name__}")
     weights = dict(source.get("ema", source))
@@ -435,9 +454,9 @@ def adopt(net, given):
     plain net lacks for z starts at 0: with merged tokens net's x is then that of the plain one.
     Other classes get new embeddings; the null class stays. ValueError if they do not fit."""
     if type(given.process) is not type(net.process):
-        raise ValueError("one of the two is DiT, the other SiT")
+        raise ValueError("DiT cannot become SiT, nor SiT DiT: choose --model of its kind")
     if given.r not in (0, net.r):
-        raise ValueError(f"it has --r {given.r}, this run {net.r}")
+        raise ValueError(f"it has {given.r} channels of z, this run {net.r}: take --r {given.r}")
     old, new = given.state_dict(), net.state_dict()
     for name in new:
         if name.startswith(("z_embedder.", "final_layer.linear_z.")) and not given.r:
@@ -449,7 +468,7 @@ def adopt(net, given):
     for name in new:
         if name not in old or old[name].shape != new[name].shape:
             found = f"is {tuple(old[name].shape)}" if name in old else "is not there"
-            raise ValueError(f"another model: {name} {found}, and must be "
+            raise ValueError(f"it is another model than --model says: {name} {found}, and must be "
                              f"{tuple(new[name].shape)}")
     net.load_state_dict(old)
 

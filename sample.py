@@ -9,7 +9,6 @@ Writes DIR/sheet.png (images above their generated feature maps) and DIR/samples
 import argparse
 import math
 import os
-import zipfile
 
 import numpy as np
 import torch
@@ -182,24 +181,6 @@ def sheet(x, z, meta, columns=10, least=48, device="cpu"):
     return data.contact_sheet(kinds, columns, tile)
 
 
-def read_weights(path):
-    """What torch.save wrote to that file, on the CPU. ValueError if it is damaged or would run
-    code."""
-    try:
-        is_zip = zipfile.is_zipfile(path)                  # torch's format, but for old published
-        if is_zip:                                         # files; it has CRCs
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
-        with torch.serialization.safe_globals([argparse.Namespace]):     # the authors' settings
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (OSError, MemoryError):                         # no fault of the file's
-        raise
-    except Exception as error:                             # damage raises anything
-        raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from None
-
-
 def load_checkpoint(path):
     """A checkpoint of train.py, on the CPU: arch (model.build's arguments), settings, meta (the
     data's), step, net, ema, projector (with --repa), optimizer, sums, machine. UserError if it is
@@ -207,7 +188,7 @@ def load_checkpoint(path):
     if not os.path.exists(path):
         raise data.UserError(f"no checkpoint at {path}; make one with: python train.py")
     try:
-        checkpoint = read_weights(path)
+        checkpoint = model.read_weights(path)
         lacks = {"arch", "settings", "meta", "step", "net", "ema", "optimizer", "sums"}
         lacks -= set(checkpoint)
         if lacks:
@@ -227,7 +208,7 @@ def load_net(path, family=None):
         raise data.UserError(f"no weights at {path}; give a checkpoint of train.py, or a file that "
                              "the authors of ReDi, SiT or DiT publish")
     try:
-        content = read_weights(path)
+        content = model.read_weights(path)
         if isinstance(content, dict) and {"arch", "ema"} <= set(content):
             return load_ema(content)
         return model.load_published(content, family)

@@ -13,7 +13,6 @@ import pathlib
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -625,27 +624,39 @@ def test_meta_json_says_what_is_there(photos, prepared):
     assert Image.open(photos / "prepared/sheet.png").size == (10 * 130 + 2, 3 * 130 + 2)
 
 
-def killed_at(photos, out, calls, rank=0, n_ranks=1, port=0):
-    """A process that prepares, and is killed by SIGKILL at its calls-th write of rows."""
+def in_ranks(work, n_ranks=1):
+    """work() in forked processes that find each other as torchrun's do, one thread each: their exit
+    codes. If one is killed so are the others; if one ends with an error they have ten seconds."""
+    port = bench.free_port()
+    pids = [forked(work, {"RANK": str(rank), "WORLD_SIZE": str(n_ranks), "MASTER_PORT": str(port),
+                          "MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": str(n_ranks)})
+            for rank in range(n_ranks)]
+    codes = {}
+    while len(codes) < n_ranks:
+        pid, status = os.wait()
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        others = set(pids) - set(codes)
+        if codes[pid]:
+            for _ in range(100 if codes[pid] > 0 else 0):
+                others -= {other for other in others
+                           if os.waitid(os.P_PID, other, os.WEXITED | os.WNOWAIT | os.WNOHANG)}
+                time.sleep(0.1 if others else 0)
+            for other in others:
+                os.kill(other, signal.SIGKILL)
+    return [codes[pid] for pid in pids]
+
+
+def forked(work, environment):
     pid = os.fork()
     if pid:
         return pid
     try:
         torch.set_num_threads(1)                                         # OpenMP survives no fork
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n_ranks), "MASTER_PORT": str(port),
-                       "MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": str(n_ranks)}
-        write, left = data.write_rows, [calls]
-
-        def write_or_die(path, start, rows):
-            left[0] -= 1
-            if left[0] == 0:
-                write(path, start, np.full_like(rows[:len(rows) // 2], 7))   # torn, and wrong
-                os.kill(os.getpid(), signal.SIGKILL)
-            write(path, start, rows)
-
-        data.write_rows = write_or_die
-        prepare(photos, out)
+        os.environ |= environment
+        work()
         os._exit(0)
+    except SystemExit as error:
+        os._exit(error.code)
     except BaseException:
         traceback.print_exc()
         os._exit(1)
@@ -655,19 +666,20 @@ def killed_at(photos, out, calls, rank=0, n_ranks=1, port=0):
 def test_killed_and_started_again_the_arrays_are_byte_identical(photos, tmp_path, n_ranks):
     """Killed at five moments: within y, x, z and status, of the first and of later blocks."""
     def attempt(out, calls):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        pids = [killed_at(photos, out, calls, rank, n_ranks, port) for rank in range(n_ranks)]
-        while pids:                                                      # torchrun: one for all
-            pid, status = os.wait()
-            pids.remove(pid)
-            if status:
-                for other in pids:
-                    os.kill(other, signal.SIGKILL)
-                    os.waitpid(other, 0)
-                return os.waitstatus_to_exitcode(status)
-        return 0
+        write, left = data.write_rows, [calls]
+
+        def write_or_die(path, start, rows):
+            left[0] -= 1
+            if left[0] == 0:
+                write(path, start, np.full_like(rows[:len(rows) // 2], 7))   # torn, and wrong
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(path, start, rows)
+
+        def work():
+            data.write_rows = write_or_die
+            prepare(photos, out)
+
+        return min(in_ranks(work, n_ranks))                              # a signal's is negative
 
     assert attempt(tmp_path / "whole", 0) == 0
     for calls in (1, 3, 5, 4, 2):
@@ -1321,16 +1333,10 @@ def one_thread():
     torch.set_num_threads(n)
 
 
-def trained(out, flags, at_call=None, rank=0, n_ranks=1, port=0, die=None):
-    """A forked process that trains as BRIEF says and more; at_call: (owner, name, k) is a function
-    whose k-th call is its end: by die(), or SIGKILL in the middle of it."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        torch.set_num_threads(1)                                         # OpenMP survives no fork
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n_ranks), "MASTER_PORT": str(port),
-                       "MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": str(n_ranks)}
+def train_together(out, flags="", n_ranks=1, at_call=None, die=None):
+    """The exit codes of ranks that train as BRIEF says and more; at_call: (owner, name, k) is a
+    function whose k-th call is the end: by die(), or SIGKILL in the middle of it."""
+    def work():
         if at_call:
             owner, name, k = at_call
             function, calls = getattr(owner, name), iter(range(k))
@@ -1342,35 +1348,8 @@ def trained(out, flags, at_call=None, rank=0, n_ranks=1, port=0, die=None):
 
             setattr(owner, name, last_call)
         main(train, f"{BRIEF.removeprefix('train.py ')} --out {out} {flags}")
-        os._exit(0)
-    except SystemExit as error:
-        os._exit(error.code)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
 
-
-def train_together(out, flags="", n_ranks=1, **options):
-    """All ranks' exit codes; if one dies the others are killed, as torchrun does; if one ends with
-    an error they have ten seconds."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pids = [trained(out, flags, rank=rank, n_ranks=n_ranks, port=port, **options)
-            for rank in range(n_ranks)]
-    codes = {}
-    while len(codes) < n_ranks:
-        pid, status = os.wait()
-        codes[pid] = os.waitstatus_to_exitcode(status)
-        others = set(pids) - set(codes)
-        if codes[pid]:
-            for _ in range(100 if codes[pid] > 0 else 0):
-                others -= {other for other in others
-                           if os.waitid(os.P_PID, other, os.WEXITED | os.WNOWAIT | os.WNOHANG)}
-                time.sleep(0.1 if others else 0)
-            for other in others:
-                os.kill(other, signal.SIGKILL)
-    return [codes[pid] for pid in pids]
+    return in_ranks(work, n_ranks)
 
 
 def torn_write(path, write):
@@ -1563,7 +1542,7 @@ def test_trouble_in_reading_a_checkpoint_is_no_damage(workdir, tmp_path, monkeyp
     def broken_disk(*args):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(sample.zipfile, "ZipFile", broken_disk)
+    monkeypatch.setattr(model.zipfile, "ZipFile", broken_disk)
     with pytest.raises(OSError, match="Input/output"):
         main(train, f"--out {tmp_path / 'out'}")
     assert (tmp_path / "out/ckpt.pt").exists()
@@ -1683,15 +1662,15 @@ def test_init_takes_our_checkpoint_redis_own_and_other_classes(workdir, tmp_path
     table = net.y_embedder.embedding_table.weight
     assert torch.equal(table[:-1], fresh[:-1])
     assert torch.equal(table[-1], published("SiT", 3)["y_embedder.embedding_table.weight"][-1])
-    for args, words in ((("SiT-T/2", "merged", 4, 10, 4, 8), "has --r 3, this run 4"),
-                        (("DiT-T/2", "merged", 3, 10, 4, 8), "one of the two is DiT"),
-                        (("SiT-S/2", "merged", 3, 10, 4, 8), "another model"),
+    for args, words in ((("SiT-T/2", "merged", 4, 10, 4, 8), "3 channels of z, this run 4: take --r 3"),
+                        (("DiT-T/2", "merged", 3, 10, 4, 8), "DiT cannot become SiT"),
+                        (("SiT-S/2", "merged", 3, 10, 4, 8), "another model than"),
                         (("SiT-T/2", "merged", 3, 10, 2, 8), "x_embedder.proj.weight is")):
         with pytest.raises(ValueError, match=words):
             model.adopt(model.build(*args), sample.load_net(path))
     digits = f"--data {workdir}/prepared/digits --out {tmp_path}/run --init"
     (tmp_path / "broken.pt").write_bytes(b"nothing")
-    for flags, words in ((f"{digits} {path}", f"--init {path}: it has --r 3, this run 8"),
+    for flags, words in ((f"{digits} {path}", f"--init {path}: it has 3 channels of z, this run 8"),
                          (f"{digits} {tmp_path}/broken.pt", "no weights that are known"),
                          (f"{digits} {tmp_path}/none", "none: no such file")):
         with pytest.raises(data.UserError, match=words):

@@ -32,7 +32,7 @@ DIGITS = {"lr": 3e-3, "batch_size": 128, "steps": 1_400, "r": 4, "ema": 0.995,
 # a checkpoint decides these for good; a flag that says otherwise is an error
 FIXED = ("model", "fusion", "unconditional", "data", "r", "lam_z", "repa", "p_drop_z", "p_drop_y",
          "lr", "batch_size", "ema", "init", "seed")
-# flags about where and how a run computes, which no checkpoint records
+# flags about where and how a run computes: recorded, but they bind nobody who goes on
 OF_THE_MACHINE = ("out", "restart", "device", "bf16", "compile", "grad_checkpointing",
                   "micro_batch_size", "workers")
 REPA_WEIGHT = 0.5                       # REPA's own
@@ -497,6 +497,7 @@ class Trainer:
         return parts | ({"projector": self.objective.projector} if self.settings["repa"] else {})
 
     def checkpoint(self):
+        """What sample.load_checkpoint describes."""
         machine = {name: getattr(self.args, name) for name in OF_THE_MACHINE}
         return {"arch": self.arch, "settings": self.settings, "machine": machine,
                 "meta": self.meta, "step": self.step, "sums": self.sums.cpu()} | {
@@ -627,10 +628,30 @@ def clear_errors(args):
                              ) from None
 
 
+def place():
+    """This process's rank, and how many there are: torchrun's word, or alone."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def begin(args, n_processes):
+    """The device of args, with the defaults of --bf16 and --compile for it; meet the other
+    processes. UserError if it cannot be had."""
+    device = data.pick_device(args.device)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    args.bf16 = on_gpu if args.bf16 is None else args.bf16
+    args.compile = on_gpu if args.compile is None else args.compile
+    if n_processes > 1:                                    # long: a preview or a save takes minutes
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(hours=1),
+                                **({"device_id": device} if on_gpu else {}))
+    return device
+
+
 def main(args):
     given = {name: value for name, value in vars(args).items()
              if value is not None and name not in OF_THE_MACHINE}
-    rank, n_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, n_processes = place()
     # torchrun's own restarts, of a run that failed, go on
     restart = args.restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     path, checkpoint, trouble = (None, None, None) if restart else newest_checkpoint(args.out)
@@ -641,15 +662,7 @@ def main(args):
         if checkpoint["step"] >= settings["steps"] + (not finished):
             raise data.UserError(f"{args.out} is done, with {checkpoint['step']} steps: raise "
                                  "--steps, or --restart")
-    device = data.pick_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    args.bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
-    args.compile = device.type == "cuda" if args.compile is None else args.compile
-    if n_processes > 1:                                    # long: a preview or a save takes minutes
-        on_gpu = {"device_id": device} if device.type == "cuda" else {}
-        dist.init_process_group("nccl" if on_gpu else "gloo", **on_gpu,
-                                timeout=datetime.timedelta(hours=1))
+    device = begin(args, n_processes)
     if rank == 0:
         data.open_data(settings["data"], settings["r"], settings["repa"] > 0)   # made by one
         os.makedirs(args.out, exist_ok=True)
