@@ -1662,7 +1662,7 @@ def test_init_takes_our_checkpoint_redis_own_and_other_classes(workdir, tmp_path
     table = net.y_embedder.embedding_table.weight
     assert torch.equal(table[:-1], fresh[:-1])
     assert torch.equal(table[-1], published("SiT", 3)["y_embedder.embedding_table.weight"][-1])
-    for args, words in ((("SiT-T/2", "merged", 4, 10, 4, 8), "3 channels of z, this run 4: take --r 3"),
+    for args, words in ((("SiT-T/2", "merged", 4, 10, 4, 8), "3 channels of z, this run 4: take"),
                         (("DiT-T/2", "merged", 3, 10, 4, 8), "DiT cannot become SiT"),
                         (("SiT-S/2", "merged", 3, 10, 4, 8), "another model than"),
                         (("SiT-T/2", "merged", 3, 10, 2, 8), "x_embedder.proj.weight is")):
