@@ -341,10 +341,10 @@ def seconds_of(work, device):
 
 def speed(args):
     """Print training and sampling images/s of every fusion and, given their code, the authors'."""
-    rank, n_processes = train.place()
+    rank, n_processes = data.place()
     if args.official and n_processes > 1:
         raise data.UserError("--official is for one process; leave it out")
-    args.dev = train.begin(args, n_processes)
+    args.dev = data.begin(args, n_processes, "nccl")
     on_gpu = args.dev.type == "cuda"
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     peak = n_processes * matmul_peak(args.dev, dtype, 8192 if on_gpu else 2048)

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from tqdm import tqdm
 
@@ -77,6 +77,27 @@ def pick_device(name=None):
     return device
 
 
+def place():
+    """This process's rank, and how many there are: torchrun's word, or alone."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def begin(args, n_processes, on_gpus="gloo"):
+    """The device of args, with the defaults of --bf16 and --compile for it; meet the other
+    processes, by the backend on_gpus if there are GPUs. UserError if it cannot be had."""
+    device = pick_device(args.device)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    args.bf16 = on_gpu if args.bf16 is None else args.bf16
+    args.compile = on_gpu if args.compile is None else args.compile
+    if n_processes > 1:                                    # long: a preview or a save takes minutes
+        nccl = on_gpu and on_gpus == "nccl"
+        dist.init_process_group("nccl" if nccl else "gloo", timeout=datetime.timedelta(hours=1),
+                                **({"device_id": device} if nccl else {}))
+    return device
+
+
 def seeds(seed, purpose, index=0, n=1):
     """n integers for (seed >= 0, purpose, index >= 0), and for nothing else in the program."""
     key = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), index])
@@ -103,17 +124,22 @@ def to_images(x):
     return to_uint8(x).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu().numpy()
 
 
-def contact_sheet(kinds, columns, tile, gap=2):
+def contact_sheet(kinds, columns, tile, gap=2, names=()):
     """A PIL image of tiles: kinds are lists of uint8 (h, w, 3) pictures, the i-th of each standing
-    one above the other; `columns` to a row, each enlarged or reduced to `tile` pixels."""
+    one above the other; `columns` to a row, each enlarged or reduced to `tile` pixels. names, one
+    for each kind, stand on the left."""
     n, step = len(kinds[0]), tile + gap
     columns = min(columns, n)
-    row = len(kinds) * step + 2 * gap
-    canvas = Image.new("RGB", (columns * step + gap, -(-n // columns) * row - gap), "white")
+    row, font = len(kinds) * step + 2 * gap, ImageFont.load_default(max(8, tile // 4))
+    left = gap + max([round(font.getlength(name)) + 4 * gap for name in names], default=0)
+    canvas = Image.new("RGB", (left + columns * step, -(-n // columns) * row - gap), "white")
     for k, kind in enumerate(kinds):
         for i, picture in enumerate(kind):
             picture = Image.fromarray(picture).resize((tile, tile), Image.Resampling.NEAREST)
-            canvas.paste(picture, (gap + i % columns * step, gap + i // columns * row + k * step))
+            canvas.paste(picture, (left + i % columns * step, gap + i // columns * row + k * step))
+    for k, name in enumerate(names):
+        middle = gap + k * step + tile / 2
+        ImageDraw.Draw(canvas).text((2 * gap, middle), name, "black", font, anchor="lm")
     return canvas
 
 
@@ -424,8 +450,7 @@ class Source:
             raise UserError(f"--pca_scale {args.pca_scale} must be above 0")
         if args.seed < 0 or (args.workers or 0) < 0:
             raise UserError("--seed and --workers must be 0 or more")
-        self.rank = int(os.environ.get("RANK", 0))
-        self.n_ranks = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.n_ranks = place()
         self.files, self.y, self.classes = list_images(args.images)
         self.bf16 = self.device.type == "cuda" if args.bf16 is None else args.bf16
         self.workers = args.workers

@@ -9,6 +9,7 @@ DiT: 2212.09748; SiT: 2401.08740. B batch, L tokens, C width, p patch, r channel
 import argparse
 import math
 import os
+import pickle
 import zipfile
 
 import torch
@@ -369,17 +370,51 @@ def build(name, fusion="merged", r=8, n_classes=1000, x_channels=4, x_size=32):
     if x_size % patch:
         raise ValueError(f"{name} cuts patches of {patch}, which do not fill x_size={x_size}")
     depth, width, heads = SIZES[size]
-    return ReDi(family, depth, width, heads, patch, fusion, r if fusion != "none" else 0,
-                n_classes, x_channels, x_size)
+    r = r if fusion != "none" else 0
+    net = ReDi(family, depth, width, heads, patch, fusion, r, n_classes, x_channels, x_size)
+    net.arch = {"name": name, "fusion": fusion, "r": r, "n_classes": n_classes,
+                "x_channels": x_channels, "x_size": x_size}
+    return net
 
 
 X_CHANNELS = 4                            # of all published weights: latents of Stable Diffusion
+WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+
+
+def from_hub(repository):
+    """The path of the one file of weights in a repository of the Hugging Face hub, which is fetched
+    once. ValueError if it cannot be had."""
+    import huggingface_hub                                 # slow to import: not before it is used
+    try:
+        folder = huggingface_hub.snapshot_download(repository, local_files_only=True)
+        names = [os.path.join(top, name) for top, _, names in os.walk(folder) for name in names]
+    except Exception:                                      # not there yet
+        folder, names = None, []
+    if not any(name.endswith(WEIGHT_FILES) for name in names):
+        folder = None
+        try:
+            info = huggingface_hub.HfApi().model_info(repository, timeout=20)
+            names = [file.rfilename for file in info.siblings]
+        except Exception as error:                         # a dozen kinds, many lines
+            raise ValueError(
+                f"there is no such file, and no hub repository of that name can be had "
+                f"({(str(error) or type(error).__name__).splitlines()[0]}); without internet, "
+                "fetch its file of weights elsewhere and give the path to it") from None
+    names = [name for name in names if name.endswith(WEIGHT_FILES)]
+    if len(names) != 1:
+        raise ValueError(f"that hub repository holds {len(names)} files of weights "
+                         f"({', '.join(names[:5])}), and one is needed: fetch the right one, and "
+                         "give the path to it")
+    return names[0] if folder else huggingface_hub.hf_hub_download(repository, names[0])
 
 
 def read_weights(path):
-    """What torch.save wrote to that file, on the CPU. ValueError if it is damaged or would run
-    code."""
+    """What torch.save or safetensors wrote to that file, on the CPU. ValueError if it is damaged or
+    would run code."""
     try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+            return load_file(path)
         is_zip = zipfile.is_zipfile(path)                  # torch's format, but for old published
         if is_zip:                                         # files; it has CRCs
             with zipfile.ZipFile(path) as archive:
@@ -390,6 +425,8 @@ def read_weights(path):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except (OSError, MemoryError):                         # no fault of the file's
         raise
+    except pickle.UnpicklingError:                         # its message advises to run the code
+        raise ValueError("no plain weights are in it") from None
     except Exception as error:                             # damage raises anything
         raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from None
 

@@ -1,59 +1,81 @@
 """Sampling: guided predictions, solvers, decoding, pictures.
 
     python sample.py --w_r 1.5                     # from out/ckpt.pt, which train.py wrote
-    python sample.py --n 1000 --labels balanced --w_cfg 2 --out samples/cfg2
+    python sample.py --ckpt zelaki/SiT-ReDi-XL-2 --w_cfg 2.4           # the authors' own weights
+    torchrun --nproc_per_node=8 sample.py --n 50000 --out samples/fid  # as papers' tables need
 
-Writes DIR/sheet.png (images above their generated feature maps) and DIR/samples.npz: arr_0 uint8
-(N, H, W, 3) as in ADM's files, y (N,), z (N, r, h, w). Image i depends on (seed, i) alone.
+Writes DIR/samples.npz: arr_0 uint8 (N, H, W, 3) as in ADM's files, y (N,) and with --save_z z
+(N, r, h, w); sheet.png, images above their generated feature maps; and samples.json, how they were
+made. Killed, the same command goes on. Image i depends on (seed, i) alone.
 """
 import argparse
+import concurrent.futures
+import contextlib
+import itertools
+import json
 import math
 import os
+import re
+import sys
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import data
 import model
 import pca
 
+PUBLISHED_STEPS = 250                     # network calls an image, in the papers' tables
+DTYPES = {"images": np.uint8, "z": np.float32, "done": np.uint8}        # of a Store's arrays
 
-def guided(net, y, w_cfg=1.0, w_r=1.0, cfg_on="x", rg_on="x"):
+
+def guided(net, y, w_cfg=1.0, w_r=1.0, cfg_on="x", rg_on="x", cfg_interval=(0.0, 1.0)):
     """predict(state, t) -> a prediction for each part of state, for solvers that know no guidance.
 
     With e(z, y) the network's prediction for x_t, z_t and label y:
         e(z, y) + (w_cfg - 1) [e(z, y) - e(z, null)] + (w_r - 1) [e(z, y) - e(0, y)]
     which is classifier-free guidance for w_r = 1, representation guidance (ReDi, section 3.5) for
     w_cfg = 1 and one plain call for both 1. Each weight other than 1 costs a branch; all branches
-    are one batch. It acts on x's eps or v, and on z's where cfg_on / rg_on is "both"; DiT's
-    variances are those of e(z, y). state: (x_t, z_t), or (x_t,) for fusion none; t: one number.
+    are one batch: 2 with one of them, 3 with both. It acts on x's eps or v, and on z's where cfg_on
+    / rg_on is "both"; DiT's variances are those of e(z, y). Outside cfg_interval, times from 0
+    (noise) to 1 (data), w_cfg counts as 1. state: (x_t, z_t), or (x_t,) for fusion none; t: one
+    number.
     """
-    nulls = []                                        # (weight, acts on, z dropped?, label)
-    if w_cfg != 1:
-        nulls.append((w_cfg, cfg_on, False, torch.full_like(y, net.n_classes)))
-    if w_r != 1:
-        nulls.append((w_r, rg_on, True, y))
-    n = 1 + len(nulls)
-    labels = torch.cat([y] + [label for *_, label in nulls])
-    dropped = torch.tensor([False] + [drop for _, _, drop, _ in nulls], device=y.device)
-    dropped = dropped.repeat_interleave(len(y))                           # (n B,), as are labels
+    cfg = [(w_cfg, cfg_on, False, torch.full_like(y, net.n_classes))] if w_cfg != 1 else []
+    rg = [(w_r, rg_on, True, y)] if w_r != 1 else []
+
+    def with_nulls(nulls):                            # (weight, acts on, z dropped?, label) each
+        n = 1 + len(nulls)
+        labels = torch.cat([y] + [label for *_, label in nulls])
+        dropped = torch.tensor([False] + [drop for _, _, drop, _ in nulls], device=y.device)
+        dropped = dropped.repeat_interleave(len(y))                       # (n B,), as are labels
+
+        def predict(state, t):
+            x_t, z_t = (part.repeat(n, 1, 1, 1) for part in state) if net.r else (
+                state[0].repeat(n, 1, 1, 1), None)
+            if net.r:
+                z_t = model.drop_z(z_t, dropped)
+            preds = net(x_t, z_t, torch.full((len(labels),), t, device=x_t.device), labels)
+            return [combine(pred.to(part.dtype), part.shape[1], name)
+                    for pred, part, name in zip(preds, state, "xz")]
+
+        def combine(pred, channels, name):
+            plain, *others = pred.chunk(n)
+            result = plain.clone()
+            for (w, acts_on, *_), other in zip(nulls, others):
+                if acts_on in (name, "both"):
+                    result[:, :channels] += (w - 1) * (plain - other)[:, :channels]
+            return result
+
+        return predict
+
+    inside, outside = with_nulls(cfg + rg), with_nulls(rg)
 
     def predict(state, t):
-        x_t, z_t = (part.repeat(n, 1, 1, 1) for part in state) if net.r else (
-            state[0].repeat(n, 1, 1, 1), None)
-        if net.r:
-            z_t = model.drop_z(z_t, dropped)
-        preds = net(x_t, z_t, torch.full((len(labels),), t, device=x_t.device), labels)
-        return [combine(pred, part.shape[1], name) for pred, part, name in zip(preds, state, "xz")]
-
-    def combine(pred, channels, name):
-        plain, *others = pred.chunk(n)
-        result = plain.clone()
-        for (w, acts_on, *_), other in zip(nulls, others):
-            if acts_on in (name, "both"):
-                result[:, :channels] += (w - 1) * (plain - other)[:, :channels]
-        return result
+        lo, hi = cfg_interval
+        return (inside if lo <= net.process.data_time(t) <= hi else outside)(state, t)
 
     return predict
 
@@ -66,6 +88,19 @@ def euler(predict, process, state, steps, noise):
     dt = 1 / steps
     for k in range(steps):
         state = [part + v * dt for part, v in zip(state, predict(state, k * dt))]
+    return state
+
+
+def heun(predict, process, state, steps, noise):
+    """The same ODE by the trapezoidal rule: two calls a step, so half as many steps. An odd number
+    of calls ends with a step of Euler's."""
+    n = -(-steps // 2)
+    for k in range(n):
+        v = predict(state, k / n)
+        if 2 * k + 1 < steps:
+            ahead = [part + a / n for part, a in zip(state, v)]
+            v = [(a + b) / 2 for a, b in zip(v, predict(ahead, (k + 1) / n))]
+        state = [part + a / n for part, a in zip(state, v)]
     return state
 
 
@@ -95,36 +130,56 @@ def ddpm(predict, process, state, steps, noise):
                  for (mean, log_var), eps in zip(gaussians, noise())]
 
 
+def ddim(predict, process, state, steps, noise):
+    """The same chain without noise (2010.02502, eta = 0): x_hat, noised again with the eps that was
+    predicted; x_hat itself at last."""
+    chain = process.respaced(steps)
+    for k in reversed(range(steps)):
+        preds = predict(state, chain.timesteps[k])
+        hats = [chain.x_hat(pred, part, k) for pred, part in zip(preds, state)]
+        if k == 0:
+            return hats
+        alpha, sigma = chain.alpha[k - 1].item(), chain.sigma[k - 1].item()
+        state = [alpha * hat + sigma * pred[:, :hat.shape[1]] for hat, pred in zip(hats, preds)]
+
+
 # each process's, its default first
-SOLVERS = {model.Flow: {"sde": euler_maruyama, "euler": euler}, model.DDPM: {"ddpm": ddpm}}
+SOLVERS = {model.Flow: {"sde": euler_maruyama, "euler": euler, "heun": heun},
+           model.DDPM: {"ddpm": ddpm, "ddim": ddim}}
 
 
 def check_solver(name, solver, steps, flag="--steps"):
-    """UserError unless that solver (None: the default) suits the model `name` and takes `steps`."""
+    """The solver's name (None: the default), if it suits the model `name` and takes `steps`, else
+    UserError."""
     family, _, _ = model.parse_name(name)
-    solvers = SOLVERS[model.FAMILIES[family]]
-    solver = solver or next(iter(solvers))
-    if solver not in solvers:
-        raise data.UserError(f"--solver {solver} is not for {family}; take {' or '.join(solvers)}")
-    least = 1 if solver == "euler" else 2
-    most = model.DDPM.n_timesteps if solver == "ddpm" else float("inf")
-    if not least <= steps <= most:
-        limit = f"{least} to {most}" if solver == "ddpm" else f"at least {least}"
+    process = model.FAMILIES[family]
+    solver = solver or next(iter(SOLVERS[process]))
+    if solver not in SOLVERS[process]:
+        raise data.UserError(f"--solver {solver} is not for {family}; take "
+                             + " or ".join(SOLVERS[process]))
+    chain = process is model.DDPM
+    least, most = 1 if solver in ("euler", "heun") else 2, process.n_timesteps if chain else None
+    if steps < least or most and steps > most:
+        limit = f"{least} to {most}" if most else f"at least {least}"
         raise data.UserError(f"{flag} {steps}: the solver {solver} takes {limit}")
+    return solver
 
 
 def image_noise(net, seed, indices, device):
-    """noise() -> (eps_x, eps_z), or (eps_x,) without features: new numbers at every call, image i's
-    a function of (seed, i) alone, x's the same for every fusion."""
+    """Yields (eps_x, eps_z), or (eps_x,) without features, on the device: always new numbers, image
+    i's a function of (seed, i) alone, x's the same for every fusion. A thread is one ahead."""
     parts = [("noise of x", net.x_channels), ("noise of z", net.r)][:2 if net.r else 1]
     generators = [[data.generator(seed, name, i) for i in indices] for name, _ in parts]
 
-    def noise():
-        return [torch.stack([torch.randn(channels, net.x_size, net.x_size, generator=generator)
-                             for generator in of_images]).to(device)
-                for (_, channels), of_images in zip(parts, generators)]
+    def draw(_):
+        noise = [torch.stack([torch.randn(channels, net.x_size, net.x_size, generator=generator)
+                              for generator in of_images])
+                 for (_, channels), of_images in zip(parts, generators)]
+        return [part.pin_memory() for part in noise] if device.type == "cuda" else noise
 
-    return noise
+    with contextlib.closing(data.prefetch(draw, itertools.count(), ahead=1)) as draws:
+        for noise in draws:
+            yield [part.to(device, non_blocking=True) for part in noise]
 
 
 def choose_labels(labels, n, n_classes, seed):
@@ -150,70 +205,160 @@ def choose_labels(labels, n, n_classes, seed):
 
 
 @torch.no_grad()
-def generate(net, y, steps, solver=None, seed=0, batch_size=64, device="cpu", progress=False,
-             **guidance):
-    """A sample for each label of y (n,) -> x (n, C, H, W), z (n, r, H, W) or None, on the CPU.
+def batches(net, y, numbers, steps, solver=None, seed=0, batch_size=64, device="cpu", bf16=False,
+            guide=guided, **guidance):
+    """For each b of numbers: the rows of batch b of y (n,), b * batch_size and on, and their final
+    state on the device, x (B, C, H, W) and z (B, r, H, W), or x alone.
 
-    solver: a name that SOLVERS has for net.process, None for the first; guidance: guided()'s. The
-    last batch is padded, so that the network always sees the same shapes.
+    solver: a name that SOLVERS has for net.process, None for the first; bf16: the network computes
+    under autocast, the solver in float32; guidance: guided()'s. The last batch is padded, so that
+    the network always sees the same shapes.
     """
-    solvers = SOLVERS[type(net.process)]
+    device, solvers = torch.device(device), SOLVERS[type(net.process)]
     solve = solvers[solver or next(iter(solvers))]
-    padded = torch.cat([y, y[:1].expand(-len(y) % batch_size)])
-    batches = []
-    for start in tqdm(range(0, len(y), batch_size), "sampling", unit="batch", disable=not progress):
-        batch = range(start, start + batch_size)
-        noise = image_noise(net, seed, batch, device)
-        predict = guided(net, padded[batch.start:batch.stop].to(device), **guidance)
-        state = solve(predict, net.process, noise(), steps, noise)
-        batches.append([part.cpu() for part in state])
-    x, *z = (torch.cat(parts)[:len(y)] for parts in zip(*batches))
+    padded = torch.cat([y, y[:1].expand(-len(y) % batch_size)]).to(device)
+    for b in numbers:
+        rows = range(b * batch_size, (b + 1) * batch_size)
+        predict = guide(net, padded[rows.start:rows.stop], **guidance)
+        with contextlib.closing(image_noise(net, seed, rows, device)) as noise, \
+                torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            state = solve(predict, net.process, next(noise), steps, noise.__next__)
+        n = min(len(rows), len(y) - rows.start)
+        yield rows[:n], [part[:n] for part in state]
+
+
+def generate(net, y, steps, solver=None, seed=0, batch_size=64, device="cpu", progress=False,
+             **options):
+    """A sample for each label of y (n,) -> x (n, C, H, W), z (n, r, H, W) or None, on the CPU.
+    The arguments are those of batches()."""
+    numbers = tqdm(range(-(-len(y) // batch_size)), "sampling", unit="batch", disable=not progress)
+    states = [[part.cpu() for part in state] for _, state in batches(
+        net, y, numbers, steps, solver, seed, batch_size, device, **options)]
+    x, *z = (torch.cat(parts) for parts in zip(*states))
     return x, z[0] if z else None
 
 
-def sheet(x, z, meta, columns=10, least=48, device="cpu"):
-    """A PIL image of samples x, z (or None) of the data that meta describes: rows of `columns`
-    images, each row above its features. Tiles are at least `least` pixels wide."""
-    kinds = [data.decode(x, meta, device)]
-    if z is not None:
-        kinds.append(pca.colours(z.numpy(), meta["z_std"]))
-    tile = meta["image_size"] * max(1, -(-least // meta["image_size"]))
-    return data.contact_sheet(kinds, columns, tile)
+def maps(z, meta):
+    """Features z (n, r, H, W) -> pictures uint8 (n, H, W, 3), as bright as the data's; as their own
+    where the data's deviations are unknown, of published weights."""
+    z = np.asarray(z)
+    return pca.colours(z, meta["z_std"] or z.std((0, 2, 3)).tolist())
+
+
+def sheet(images, z, meta, columns=10, least=48):
+    """A PIL image of samples uint8 (n, H, W, 3) and their z (n, r, H, W) or None, of data that meta
+    describes: rows of `columns` images, each row above its features. Tiles are at least `least`
+    pixels wide."""
+    kinds = [images] + ([] if z is None else [maps(z, meta)])
+    return data.contact_sheet(kinds, columns, images.shape[1] * -(-least // images.shape[1]))
+
+
+def ladder(steps, meta, device="cpu", least=48):
+    """A PIL image of the same samples in several versions, one below the other. steps: (name,
+    latents x (n, C, H, W), z or None) each."""
+    kinds, names = [], []
+    for name, x, z in steps:
+        pictures = [data.decode(x, meta, device)] + ([] if z is None else [maps(z, meta)])
+        kinds += pictures
+        names += [name] + [""] * (len(pictures) - 1)
+    tile = kinds[0].shape[1]
+    return data.contact_sheet(kinds, len(kinds[0]), tile * -(-least // tile), names=names)
+
+
+def compare(net, y, w_cfg=1.0, w_r=1.0, **options):
+    """Samples without guidance, with each kind and with both, from the same noise: ladder()'s."""
+    versions = {"no guidance": (1, 1), f"CFG {w_cfg:g}": (w_cfg, 1), f"RG {w_r:g}": (1, w_r),
+                "both": (w_cfg, w_r)}
+    if w_cfg == 1 or w_r == 1:
+        versions = {name: version for name, version in versions.items()
+                    if name == "no guidance" or version != (1, 1) and name != "both"}
+    return [(name, *generate(net, y, w_cfg=a, w_r=b, **options))
+            for name, (a, b) in versions.items()]
+
+
+def trajectory(net, y, n=8, **options):
+    """What the network takes for the clean x and z at n of its calls, from noise to data, and the
+    samples: ladder()'s. z's outlines settle before x's details do."""
+    noted = []
+
+    def watched(net, y, **guidance):
+        predict = guided(net, y, **guidance)
+
+        def watch(state, t):
+            preds = predict(state, t)
+            noted.append((net.process.data_time(t), [net.process.x_hat(pred, part, t).cpu()
+                                                     for pred, part in zip(preds, state)]))
+            return preds
+
+        return watch
+
+    x, z = generate(net, y, guide=watched, **options | {"batch_size": len(y)})
+    chosen = [noted[i] for i in np.linspace(0, len(noted) - 1, n).round().astype(int)]
+    return [(f"t = {t:.2f}", hats[0], hats[1] if net.r else None) for t, hats in chosen] + [
+        ("sample", x, z)]
+
+
+def load_weights(path):
+    """What a file of weights holds, on the CPU. UserError if it is missing or damaged."""
+    if not os.path.isfile(path):
+        raise data.UserError(f"no checkpoint at {path}; make one with: python train.py, or give a "
+                             "file that the authors of ReDi, SiT or DiT publish")
+    try:
+        return model.read_weights(path)
+    except ValueError as error:
+        raise unusable(path, error) from None
+
+
+def unusable(path, error):
+    before = os.path.join(os.path.dirname(path), "ckpt_prev.pt")
+    return data.UserError(
+        f"{path} is damaged, or neither a checkpoint of train.py nor weights that the authors of "
+        f"ReDi, SiT or DiT publish ({error})"
+        + f"; the checkpoint before it is {before}" * os.path.exists(before))
 
 
 def load_checkpoint(path):
     """A checkpoint of train.py, on the CPU: arch (model.build's arguments), settings, meta (the
     data's), step, net, ema, projector (with --repa), optimizer, sums, machine. UserError if it is
     missing, damaged or not one."""
-    if not os.path.exists(path):
-        raise data.UserError(f"no checkpoint at {path}; make one with: python train.py")
-    try:
-        checkpoint = model.read_weights(path)
-        lacks = {"arch", "settings", "meta", "step", "net", "ema", "optimizer", "sums"}
-        lacks -= set(checkpoint)
-        if lacks:
-            raise ValueError(f"no {', '.join(sorted(lacks))}")
-    except (ValueError, TypeError) as error:
-        before = os.path.join(os.path.dirname(path), "ckpt_prev.pt")
-        advice = f"the one before it is {before}" if os.path.exists(before) else "train again"
-        raise data.UserError(f"{path} is damaged or no checkpoint of train.py ({error}); "
-                             + advice) from None
+    checkpoint = load_weights(path)
+    lacks = {"arch", "settings", "meta", "step", "net", "ema", "optimizer", "sums"}
+    lacks -= set(checkpoint) if isinstance(checkpoint, dict) else set()
+    if lacks:
+        raise unusable(path, f"no {', '.join(sorted(lacks))}")
     return checkpoint
 
 
-def load_net(path, family=None):
-    """The network of a file: the averaged weights of train.py's checkpoint, or those published by
-    the authors of ReDi, SiT or DiT (family: model.load_published's). UserError if it is neither."""
-    if not os.path.exists(path):
-        raise data.UserError(f"no weights at {path}; give a checkpoint of train.py, or a file that "
-                             "the authors of ReDi, SiT or DiT publish")
-    try:
-        content = model.read_weights(path)
-        if isinstance(content, dict) and {"arch", "ema"} <= set(content):
-            return load_ema(content)
-        return model.load_published(content, family)
-    except ValueError as error:
-        raise data.UserError(f"{path} holds no weights that are known here ({error})") from None
+def load_model(path, name=None):
+    """The network to sample from, in eval mode on the CPU, and what is known of it: a checkpoint of
+    train.py without its weights, or what stands for one.
+
+    path: such a checkpoint; a file that the authors of ReDi, SiT or DiT publish, or the hub
+    repository that holds it. name: the model's, as --model says it, which tells plain DiT from
+    plain SiT; None: whatever it is. UserError if it cannot be had, or is another model.
+    """
+    known_end = path.endswith(model.WEIGHT_FILES)
+    if not os.path.exists(path) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and not known_end:
+        try:
+            path = model.from_hub(path)
+        except ValueError as error:
+            raise data.UserError(f"{path}: {error}") from None
+    content = load_weights(path)
+    if isinstance(content, dict) and {"arch", "ema"} <= set(content):
+        about = {key: content[key] for key in ("arch", "settings", "meta", "step")}
+        net = load_ema(content)
+    else:
+        try:
+            net = model.load_published(content, name and model.parse_name(name)[0])
+        except ValueError as error:
+            raise unusable(path, error) from None
+        about = {"arch": net.arch, "step": None,
+                 "settings": {"sample_steps": PUBLISHED_STEPS, "p_drop_z": None, "p_drop_y": None},
+                 "meta": {"codec": data.VAE, "codec_weights": None, "scale": None, "shift": None,
+                          "z_std": None}}
+    if name and about["arch"]["name"] != name:
+        raise data.UserError(f"--model {name}: {path} is {about['arch']['name']}")
+    return net.requires_grad_(False), about
 
 
 def load_ema(checkpoint, device="cpu"):
@@ -223,9 +368,9 @@ def load_ema(checkpoint, device="cpu"):
     return net.eval().requires_grad_(False).to(device)
 
 
-def check_guidance(checkpoint, args):
-    """UserError where the model cannot be guided as asked."""
-    arch, settings = checkpoint["arch"], checkpoint["settings"]
+def check_guidance(about, args):
+    """UserError where the model cannot be guided as asked; a warning where that is not known."""
+    arch, settings = about["arch"], about["settings"]
     for flag, dropout, possible, what in (
             ("w_r", "p_drop_z", arch["fusion"] != "none", "with features, not --fusion none"),
             ("w_cfg", "p_drop_y", arch["n_classes"] > 0, "with classes, not --unconditional")):
@@ -237,9 +382,98 @@ def check_guidance(checkpoint, args):
         if settings[dropout] == 0:
             raise data.UserError(f"{asked} with --{dropout} > 0; {args.ckpt} has 0. Retrain, or "
                                  f"use --{flag} 1")
+        if settings[dropout] is None and flag == "w_r":
+            print(f"warning: {asked} with z-dropout; {args.ckpt} does not record whether it was",
+                  file=sys.stderr)
 
 
-def main(args):
+class Store:
+    """The samples of one run in a folder, while they are made: images.npy, z.npy, done.npy (n,),
+    1 for images that are there, and progress.json, the settings. Any number of processes fill it,
+    whole batches each; finish() makes samples.npz of it.
+
+    settings: what decides the samples; shapes: of images, and of z if there are features, which
+    may have fewer rows. UserError from open() if the folder holds part of another run.
+    """
+    def __init__(self, out, settings, shapes):
+        self.out, self.settings, self.shapes = out, settings, shapes
+
+    def open(self, restart=False):
+        """Make or find the folder's files. False if all is finished already."""
+        progress = f"{self.out}/progress.json"
+        stored = {} if restart else read_settings(progress)
+        for key, value in stored.items():
+            if value != self.settings.get(key):
+                raise data.UserError(
+                    f"{self.out} holds part of a run with another --{key}: {value}, now "
+                    f"{self.settings.get(key)}; that one's command finishes it; for this one choose "
+                    "another --out, or --restart")
+        if not stored:
+            done = read_settings(f"{self.out}/samples.json") == self.settings
+            if done and not restart and os.path.exists(f"{self.out}/samples.npz"):
+                return False
+            os.makedirs(self.out, exist_ok=True)
+            self.clear()
+        for name, shape in self.shapes.items():
+            data.allocate(f"{self.out}/{name}.npy", shape, DTYPES[name])
+        if not stored:
+            data.write_json(progress, self.settings)
+        return True
+
+    def __getitem__(self, name):
+        return np.load(f"{self.out}/{name}.npy", mmap_mode="r")
+
+    def write(self, rows, arrays):
+        """Rows of images and z; they count as done when they are on the disk."""
+        for name, array in arrays.items():
+            array = array[:max(0, self.shapes[name][0] - rows.start)]
+            if len(array):
+                data.write_rows(f"{self.out}/{name}.npy", rows.start, array)
+        data.write_rows(f"{self.out}/done.npy", rows.start, np.ones(len(rows), np.uint8))
+
+    def finish(self, y, with_z):
+        """samples.npz, whole or not at all, written piece by piece; then samples.json."""
+        arrays = {"arr_0": self["images"], "y": y} | ({"z": self["z"]} if with_z else {})
+        pca.write_whole(f"{self.out}/samples.npz", lambda file: np.savez(file, **arrays))
+        data.write_json(f"{self.out}/samples.json", self.settings)
+        self.clear()
+
+    def clear(self):
+        for name in ("progress.json", *(f"{name}.npy" for name in DTYPES)):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(f"{self.out}/{name}")
+
+
+def read_settings(path):
+    """A dictionary that was written by this script; {} if there is none."""
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise data.UserError(f"{path} is damaged ({error}); choose another --out, or --restart"
+                             ) from None
+
+
+def write_pngs(images, folder, rank, n_ranks):
+    """000000.png and on; this process's share of them. Others of that kind are removed."""
+    os.makedirs(folder, exist_ok=True)
+    for name in os.listdir(folder):
+        if rank == 0 and re.fullmatch(r"\d{6,}\.png", name) and int(name[:-4]) >= len(images):
+            os.remove(f"{folder}/{name}")
+
+    def write(i):
+        picture = data.Image.fromarray(images[i])
+        pca.write_whole(f"{folder}/{i:06d}.png", lambda file: picture.save(file, "PNG"))
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for _ in pool.map(write, range(rank, len(images), n_ranks)):
+            pass
+
+
+def check(args):
+    """Refuse, before anything slow, values that cannot be."""
     for name, least in (("n", 1), ("n_sheet", 1), ("batch_size", 1), ("seed", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -247,36 +481,141 @@ def main(args):
     for name in ("w_cfg", "w_r"):
         if not math.isfinite(getattr(args, name)):
             raise data.UserError(f"--{name} {getattr(args, name)} must be a finite number")
-    device = data.pick_device(args.device)
-    checkpoint = load_checkpoint(args.ckpt)
-    arch, meta = checkpoint["arch"], checkpoint["meta"]
-    steps = checkpoint["settings"]["sample_steps"] if args.steps is None else args.steps
-    check_solver(arch["name"], args.solver, steps)
-    check_guidance(checkpoint, args)
+    lo, hi = args.cfg_interval
+    if not 0 <= lo <= hi <= 1:
+        raise data.UserError(f"--cfg_interval {lo:g},{hi:g}: give two times from 0 (noise) to 1 "
+                             "(data), the lower first")
+    if args.compare and args.w_cfg == args.w_r == 1:
+        raise data.UserError("--compare shows what guidance does: give --w_cfg, --w_r or both")
+
+
+def keep(store, rows, state, meta, device):
+    """Decode a batch and write it."""
+    x, *z = state
+    if not x.isfinite().all():
+        raise data.UserError(f"the samples {rows.start} to {rows.stop - 1} hold NaN or infinity; "
+                             "lower --w_cfg and --w_r, or use an earlier checkpoint")
+    names = ["images", "z"][:1 + len(z)]
+    store.write(rows, dict(zip(names, [data.decode(x, meta, device),
+                                       *(part.float().cpu().numpy() for part in z)])))
+
+
+def fill(store, todo, net, y, meta, device, quiet, **how):
+    """Sample and keep these batches. Decoding and writing one overlaps with the next one."""
+    done = store["done"]
+    with concurrent.futures.ThreadPoolExecutor(1) as writer, tqdm(
+            total=len(y), initial=np.count_nonzero(done), unit="image", disable=quiet) as bar:
+        writing = writer.submit(lambda: None)
+        for rows, state in batches(net, y, todo, device=device, **how):
+            writing.result()
+            bar.update(np.count_nonzero(done) - bar.n)
+            writing = writer.submit(keep, store, rows, state, meta, device)
+        writing.result()
+        bar.update(np.count_nonzero(done) - bar.n)
+
+
+def show(net, y, meta, args, **how):
+    """The pictures of --compare and --trajectory."""
+    os.makedirs(args.out, exist_ok=True)
+    y = y[:min(args.n_sheet, 10)]
+    for name, make in (("compare", compare), ("trajectory", trajectory)):
+        if getattr(args, name):
+            picture = ladder(make(net, y, **how), meta, how["device"])
+            pca.write_whole(f"{args.out}/{name}.png", lambda file: picture.save(file, "PNG"))
+            print(f"{args.out}/{name}.png")
+
+
+def main(args):
+    check(args)
+    rank, n_ranks = data.place()
+    net, about = load_model(args.ckpt, args.model)
+    arch, meta = about["arch"], about["meta"]
+    steps = about["settings"]["sample_steps"] if args.steps is None else args.steps
+    solver = check_solver(arch["name"], args.solver, steps)
+    check_guidance(about, args)
+    if args.save_z and not net.r:
+        raise data.UserError(f"--save_z: {args.ckpt} makes no features, it is of --fusion none")
+    y = choose_labels(args.labels, args.n, arch["n_classes"], args.seed)
+    device = data.begin(args, n_ranks)
     if args.vae:
-        meta |= {"codec": args.vae, "codec_weights": None}
+        meta |= {"codec": args.vae, "codec_weights": None, "scale": None, "shift": None}
     codec = data.codec_of(meta, device)
     if codec and codec.channels != arch["x_channels"]:
-        raise data.UserError(f"--vae {args.vae} has {codec.channels} channels, the model "
+        raise data.UserError(f"--vae {codec.name} has {codec.channels} channels, the model "
                              f"{arch['x_channels']}; take the codec that made its data")
-    y = choose_labels(args.labels, args.n, arch["n_classes"], args.seed)
-    os.makedirs(args.out, exist_ok=True)
-    x, z = generate(load_ema(checkpoint, device), y, steps, args.solver, args.seed,
-                    args.batch_size or min(args.n, 64), device, progress=True,
-                    w_cfg=args.w_cfg, w_r=args.w_r, cfg_on=args.cfg_on, rg_on=args.rg_on)
-    if not x.isfinite().all():
-        raise data.UserError("the samples hold NaN or infinity; lower --w_cfg and --w_r, or use an "
-                             "earlier checkpoint")
-    arrays = {"arr_0": data.decode(x, meta, device), "y": y.numpy()}
-    if z is not None:
-        arrays["z"] = z.numpy()
-    with open(f"{args.out}/samples.npz.part", "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(f"{args.out}/samples.npz.part", f"{args.out}/samples.npz")
-    shown = slice(args.n_sheet)
-    sheet(x[shown], z if z is None else z[shown], meta, device=device).save(f"{args.out}/sheet.png")
-    print(f"{args.n} images of {args.ckpt} ({arch['name']}, step {checkpoint['step']}): "
-          f"{args.out}/sheet.png and {args.out}/samples.npz")
+    ckpt = f"{arch['name']} {data.weights_hash(net)[:16]}"
+    net = net.to(device)
+    if args.compile:
+        for block in net.blocks:                                 # one block's code serves all
+            block.compile(dynamic=False)
+    guidance = {name: getattr(args, name)
+                for name in ("w_cfg", "w_r", "cfg_on", "rg_on", "cfg_interval")}
+    how = guidance | {"steps": steps, "solver": solver, "seed": args.seed, "bf16": args.bf16,
+                      "device": device, "batch_size": args.batch_size or min(args.n, 64)}
+    with clear_errors(args):
+        if args.compare or args.trajectory:
+            if rank == 0:
+                show(net, y, meta, args, **how)
+        else:
+            settings = guidance | {
+                "ckpt": ckpt, "step": about["step"], "n": args.n, "labels": args.labels,
+                "solver": solver, "steps": steps, "seed": args.seed, "bf16": args.bf16,
+                "vae": codec and f"{codec.kind} {codec.weights[:16]}", "save_z": args.save_z,
+                "n_sheet": args.n_sheet, "png": args.png}
+            size, x_size = arch["x_size"] * (codec.factor if codec else 1), arch["x_size"]
+            n_z = args.n if args.save_z else min(args.n, args.n_sheet)      # the sheet shows them
+            store = Store(args.out, settings, {"images": (args.n, size, size, 3), "done": (args.n,)}
+                          | ({"z": (n_z, net.r, x_size, x_size)} if net.r else {}))
+            make(store, net, y, meta, rank, n_ranks, args, **how)
+    if n_ranks > 1:
+        dist.destroy_process_group()
+
+
+def make(store, net, y, meta, rank, n_ranks, args, **how):
+    """Fill the store, where it is not full yet, and make its pictures and samples.npz."""
+    todo = [None]
+    if rank == 0 and store.open(args.restart):
+        done, size = store["done"], how["batch_size"]
+        todo = [[b for b in range(-(-len(y) // size)) if not done[b * size:(b + 1) * size].all()]]
+    if n_ranks > 1:
+        dist.broadcast_object_list(todo)
+    if todo[0] is None:
+        if rank == 0:
+            print(f"{args.out}/samples.npz is there already, made with these settings; --restart "
+                  "makes it again")
+        return
+    fill(store, todo[0][rank::n_ranks], net, y, meta, quiet=rank > 0, **how)
+    data.barrier()
+    if args.png:
+        write_pngs(store["images"], f"{args.out}/png", rank, n_ranks)
+        data.barrier()
+    if rank == 0:
+        shown = slice(args.n_sheet)
+        picture = sheet(store["images"][shown], store["z"][shown] if net.r else None, meta)
+        pca.write_whole(f"{args.out}/sheet.png", lambda file: picture.save(file, "PNG"))
+        store.finish(y.numpy(), args.save_z)
+        step = store.settings["step"]
+        print(f"{len(y)} images of {args.ckpt} ({net.arch['name']}"
+              f"{f', step {step}' * (step is not None)}): {args.out}/sheet.png and "
+              f"{args.out}/samples.npz{' and png/' * args.png}")
+
+
+@contextlib.contextmanager
+def clear_errors(args):
+    """Too little memory or disk, in one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise data.UserError(f"{data.one_line(error)}; a smaller --batch_size helps") from None
+    except OSError as error:
+        raise data.UserError(f"{args.out}: {error}; the images that are made are kept, and when "
+                             "that is mended the same command goes on where it was") from None
+
+
+def interval(text):
+    """argparse's type of --cfg_interval."""
+    lo, hi = map(float, text.split(","))
+    return [lo, hi]
 
 
 def parser():
@@ -289,15 +628,32 @@ def parser():
         p.add_argument(f"--{name}", default=default, help=f"{meaning} (default: %(default)s)",
                        **options)
 
-    flag("ckpt", "out/ckpt.pt", "checkpoint of train.py")
+    def switch(name, default, meaning):
+        usual = "on for GPUs" if default is None else "off"
+        p.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default,
+                       help=f"{meaning} (default: {usual})")
+
+    flag("ckpt", "out/ckpt.pt", "checkpoint of train.py; a file that the authors of ReDi, SiT or "
+                                "DiT publish; or the hub repository that holds it, as OWNER/NAME")
+    p.add_argument("--model", choices=model.NAMES, metavar="NAME",
+                   help="what it is, such as DiT-XL/2: needed for published weights of plain DiT "
+                        "and SiT, which look alike (default: as the weights say)")
     flag("out", "samples", "output folder", metavar="DIR")
+    switch("restart", False, "begin anew in --out, whatever it holds")
     flag("n", 60, "number of images")
     flag("n_sheet", 60, "how many of them the sheet shows at most")
+    switch("save_z", False, "the generated features too, in samples.npz")
+    switch("png", False, "the images as files too, png/000000.png and on")
+    switch("compare", False, "instead, compare.png: the first --n_sheet images, 10 at most, without "
+                             "guidance, with --w_cfg, with --w_r and with both")
+    switch("trajectory", False, "instead, trajectory.png: what the network takes for the clean "
+                                "image and features on the way from noise to data")
     p.add_argument("--batch_size", type=int, help="images a batch (default: n, at most 64)")
     flag("seed", 0, "image i is a function of (seed, i)")
     flag("labels", "random", "random, balanced, or classes N,N,... that are cycled")
     p.add_argument("--solver", choices=[name for solvers in SOLVERS.values() for name in solvers],
-                   help="for SiT sde (Euler-Maruyama, the default) or euler (ODE); for DiT ddpm")
+                   help="for SiT sde (Euler-Maruyama, the default), euler or heun (ODE); for DiT "
+                        "ddpm (the default) or ddim")
     p.add_argument("--steps", type=int, help="network calls per image (default: the training run's "
                                              "--sample_steps: 250, for digits 40)")
     p.add_argument("--vae", help="codec that decodes, hub name or local folder (default: the one "
@@ -306,6 +662,11 @@ def parser():
     flag("w_r", 1.0, "weight of representation guidance, 1 is off")
     flag("cfg_on", "x", "what w_cfg guides: x, or x and z", choices=["x", "both"])
     flag("rg_on", "x", "what w_r guides: x, or x and z", choices=["x", "both"])
+    p.add_argument("--cfg_interval", type=interval, default=[0.0, 1.0], metavar="LO,HI",
+                   help="times, 0 is noise and 1 data, between which w_cfg acts; elsewhere its "
+                        "branch is not computed (default: 0,1: always)")
+    switch("bf16", None, "bfloat16 autocast of the network")
+    switch("compile", None, "compile the network's blocks")
     p.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     return p
 

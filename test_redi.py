@@ -1639,7 +1639,7 @@ def test_a_plain_published_net_goes_on_with_redi_unchanged_at_step_0(tmp_path, f
     path = start_weights(tmp_path, {"ema": published(family, 0), "opt": 1,
                                     "args": argparse.Namespace(lr=1)})
     net = model.build(f"{family}-T/2", "merged", 3, 10, 4, 8).eval()
-    model.adopt(net, sample.load_net(path, family))
+    model.adopt(net, sample.load_model(path, f"{family}-T/2")[0])
     x_t, z_t, t, y = peer_inputs(family)
     with torch.no_grad():
         pred_x, pred_z = net(x_t, z_t, t, y)
@@ -1653,12 +1653,12 @@ def test_a_plain_published_net_goes_on_with_redi_unchanged_at_step_0(tmp_path, f
 def test_init_takes_our_checkpoint_redis_own_and_other_classes(workdir, tmp_path):
     saved = sample.load_checkpoint(str(workdir / "out/ckpt.pt"))
     net = model.build(**saved["arch"])
-    model.adopt(net, sample.load_net(str(workdir / "out/ckpt.pt")))
+    model.adopt(net, sample.load_model(str(workdir / "out/ckpt.pt"))[0])
     assert all(torch.equal(w, net.state_dict()[name]) for name, w in saved["ema"].items())
     path = start_weights(tmp_path, published("SiT", 3))
     net = model.build("SiT-T/2", "separate", 3, 7, 4, 16)               # a larger image, too
     fresh = net.y_embedder.embedding_table.weight.clone()
-    model.adopt(net, sample.load_net(path))
+    model.adopt(net, sample.load_model(path)[0])
     table = net.y_embedder.embedding_table.weight
     assert torch.equal(table[:-1], fresh[:-1])
     assert torch.equal(table[-1], published("SiT", 3)["y_embedder.embedding_table.weight"][-1])
@@ -1667,11 +1667,11 @@ def test_init_takes_our_checkpoint_redis_own_and_other_classes(workdir, tmp_path
                         (("SiT-S/2", "merged", 3, 10, 4, 8), "another model than"),
                         (("SiT-T/2", "merged", 3, 10, 2, 8), "x_embedder.proj.weight is")):
         with pytest.raises(ValueError, match=words):
-            model.adopt(model.build(*args), sample.load_net(path))
+            model.adopt(model.build(*args), sample.load_model(path)[0])
     digits = f"--data {workdir}/prepared/digits --out {tmp_path}/run --init"
     (tmp_path / "broken.pt").write_bytes(b"nothing")
     for flags, words in ((f"{digits} {path}", f"--init {path}: it has 3 channels of z, this run 8"),
-                         (f"{digits} {tmp_path}/broken.pt", "no weights that are known"),
+                         (f"{digits} {tmp_path}/broken.pt", "broken.pt is damaged, or neither"),
                          (f"{digits} {tmp_path}/none", "none: no such file")):
         with pytest.raises(data.UserError, match=words):
             main(train, flags)
@@ -1686,8 +1686,8 @@ def test_a_pickle_that_runs_code_is_no_weights(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    with pytest.raises(data.UserError, match="no weights that are known here"):
-        sample.load_net(start_weights(tmp_path, {"ema": Evil()}), "SiT")
+    with pytest.raises(data.UserError, match="no plain weights are in it"):
+        sample.load_model(start_weights(tmp_path, {"ema": Evil()}), "SiT-T/2")
     assert not (tmp_path / "ran").exists()
 
 
@@ -1888,7 +1888,7 @@ def test_image_i_does_not_depend_on_the_batch_size_or_on_n(name):
     for n, batch_size in ((7, 3), (5, 4)):
         for part, expected in zip(grey_levels(n, batch_size), whole):
             assert (part - expected[:n]).abs().max() <= 1
-    noise, = sample.image_noise(tiny(fusion="none"), 0, range(7), "cpu")()
+    noise, = next(sample.image_noise(tiny(fusion="none"), 0, range(7), torch.device("cpu")))
     assert torch.cdist(noise.flatten(1), noise.flatten(1)).fill_diagonal_(9).min() > 5
 
 
@@ -1902,8 +1902,8 @@ def test_equal_batch_sizes_give_equal_bits():
 
 def test_the_noise_of_x_is_the_same_for_every_fusion():
     nets = [tiny(fusion=fusion) for fusion in model.FUSIONS]
-    noises = [sample.image_noise(net, 0, range(3), "cpu") for net in nets]
-    first, second = ([noise() for noise in noises] for _ in range(2))
+    noises = [sample.image_noise(net, 0, range(3), torch.device("cpu")) for net in nets]
+    first, second = ([next(noise) for noise in noises] for _ in range(2))
     for draws in (first, second):
         assert torch.equal(draws[0][0], draws[1][0]) and torch.equal(draws[1][0], draws[2][0])
     assert not torch.equal(first[0][0], second[0][0]) and len(first[0]) == 1
@@ -1925,11 +1925,12 @@ def test_the_sheet_has_each_image_above_its_features():
     x, z = torch.full((3, 1, 8, 8), 1.0), torch.zeros(3, 4, 8, 8)
     z[1, 0] = 4                                                         # two deviations: full red
     meta = {"codec": None, "image_size": 8, "z_std": [2.0, 1.0, 1.0, 1.0]}
-    picture = np.asarray(sample.sheet(x, z, meta, columns=2))
+    images = data.to_images(x)
+    picture = np.asarray(sample.sheet(images, z, meta, columns=2))
     assert picture.shape == (2 * (2 * 50 + 4) - 2, 2 * 50 + 2, 3)
     assert (picture[10, 10] == 255).all() and (picture[60, 10] == 128).all()
     assert picture[60, 60].tolist() == [255, 128, 128]
-    assert np.asarray(sample.sheet(x, None, meta, columns=3)).shape == (52, 152, 3)
+    assert np.asarray(sample.sheet(images, None, meta, columns=3)).shape == (52, 152, 3)
     for r in (1, 2):
         assert pca.colours(z[:, :r], meta["z_std"][:r]).shape == (3, 8, 8, 3)
 
@@ -2041,7 +2042,7 @@ def test_train_writes_what_the_readme_says(workdir, monkeypatch):
 
 
 def test_sample_writes_a_sheet_and_adms_layout(workdir, capsys):
-    run("sample.py --w_r 1.5", workdir)
+    run("sample.py --w_r 1.5 --save_z", workdir)
     with np.load(workdir / "samples/samples.npz") as file:
         assert file["arr_0"].dtype == np.uint8 and file["arr_0"].shape == (60, 8, 8, 3)
         assert file["y"].shape == (60,) and file["z"].shape == (60, 4, 8, 8)
@@ -2061,7 +2062,7 @@ def test_all_train_and_sample_unconditionally(workdir, tmp_path, monkeypatch, fa
                 f"--sample_steps 3 --out {tmp_path}")
     main(sample, f"--ckpt {tmp_path}/ckpt.pt --n 3 --out {tmp_path}")
     with np.load(tmp_path / "samples.npz") as file:
-        assert set(file) == ({"arr_0", "y"} if fusion == "none" else {"arr_0", "y", "z"})
+        assert set(file) == {"arr_0", "y"}                              # z with --save_z alone
         assert (file["y"] == 0).all()
     arch = sample.load_checkpoint(f"{tmp_path}/ckpt.pt")["arch"]
     assert arch["n_classes"] == 0 and arch["r"] == (0 if fusion == "none" else 4)
@@ -2100,7 +2101,7 @@ def test_a_mistake_is_one_line_on_stderr_and_overwrites_nothing(broken, command,
     (sample, "--labels 3,10", "classes 0 to 9"), (sample, "--n 0", "--n 0"),
     (sample, "--solver ddpm", "sde or euler"), (sample, "--steps 1", "--steps 1"),
     (sample, "--w_cfg nan", "--w_cfg nan"), (sample, "--device nonsense", "--device nonsense"),
-    (sample, "--ckpt prepared/digits/x.npy", "no checkpoint of train.py"),
+    (sample, "--ckpt prepared/digits/x.npy", "neither a checkpoint of train.py nor"),
     (train, "--steps 7", "done"), (fid, "prepared/digits/x.npy digits", "no images|holds no"),
     (train, "--out truncated", "damaged"), (train, "--model SiT-XL2 --out new", "SiT-XL/2"),
     (train, "--model SiT-XL/2 --out new", "python data.py --images"),

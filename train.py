@@ -10,7 +10,6 @@ SIGTERM and Ctrl-C save first.
 import argparse
 import contextlib
 import copy
-import datetime
 import glob
 import json
 import math
@@ -349,7 +348,7 @@ def preview(ema, settings, meta, device, path, rows=4):
     """Save a sheet of samples from the EMA; up to ten classes, one a column."""
     columns = min(ema.n_classes, 10) or 10
     x, z, _ = generate(ema, columns * rows, settings, columns * rows // 2, device)
-    picture = sample.sheet(x, z, meta, columns, device=device)
+    picture = sample.sheet(data.decode(x, meta, device), z, meta, columns)
     write_whole(path, lambda file: picture.save(file, "PNG"))
 
 
@@ -465,9 +464,9 @@ class Trainer:
         d = self.source.f.shape[1] if settings["repa"] else 0
         self.objective = Objective(net, settings, d)
         if settings["init"] and not checkpoint:
-            family, _, _ = model.parse_name(settings["model"])
+            given, _ = sample.load_model(settings["init"], settings["model"])
             try:
-                model.adopt(net, sample.load_net(settings["init"], family))
+                model.adopt(net, given)
             except ValueError as error:
                 raise data.UserError(f"--init {settings['init']}: {error}") from None
         self.ema = copy.deepcopy(net).eval().requires_grad_(False).to(device)
@@ -628,30 +627,10 @@ def clear_errors(args):
                              ) from None
 
 
-def place():
-    """This process's rank, and how many there are: torchrun's word, or alone."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def begin(args, n_processes):
-    """The device of args, with the defaults of --bf16 and --compile for it; meet the other
-    processes. UserError if it cannot be had."""
-    device = data.pick_device(args.device)
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device)
-    args.bf16 = on_gpu if args.bf16 is None else args.bf16
-    args.compile = on_gpu if args.compile is None else args.compile
-    if n_processes > 1:                                    # long: a preview or a save takes minutes
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(hours=1),
-                                **({"device_id": device} if on_gpu else {}))
-    return device
-
-
 def main(args):
     given = {name: value for name, value in vars(args).items()
              if value is not None and name not in OF_THE_MACHINE}
-    rank, n_processes = place()
+    rank, n_processes = data.place()
     # torchrun's own restarts, of a run that failed, go on
     restart = args.restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     path, checkpoint, trouble = (None, None, None) if restart else newest_checkpoint(args.out)
@@ -662,7 +641,7 @@ def main(args):
         if checkpoint["step"] >= settings["steps"] + (not finished):
             raise data.UserError(f"{args.out} is done, with {checkpoint['step']} steps: raise "
                                  "--steps, or --restart")
-    device = begin(args, n_processes)
+    device = data.begin(args, n_processes, "nccl")
     if rank == 0:
         data.open_data(settings["data"], settings["r"], settings["repa"] > 0)   # made by one
         os.makedirs(args.out, exist_ok=True)
