@@ -406,7 +406,7 @@ class Store:
             if value != self.settings.get(key):
                 raise data.UserError(
                     f"{self.out} holds part of a run with another --{key}: {value}, now "
-                    f"{self.settings.get(key)}; that one's command finishes it; for this one choose "
+                    f"{self.settings.get(key)}; that one's command finishes it, this one needs "
                     "another --out, or --restart")
         if not stored:
             done = read_settings(f"{self.out}/samples.json") == self.settings
@@ -502,6 +502,8 @@ def keep(store, rows, state, meta, device):
 
 def fill(store, todo, net, y, meta, device, quiet, **how):
     """Sample and keep these batches. Decoding and writing one overlaps with the next one."""
+    for name in store.shapes:
+        data.wait_for(f"{store.out}/{name}.npy")           # on a shared disk it may come later
     done = store["done"]
     with concurrent.futures.ThreadPoolExecutor(1) as writer, tqdm(
             total=len(y), initial=np.count_nonzero(done), unit="image", disable=quiet) as bar:
@@ -644,8 +646,8 @@ def parser():
     flag("n_sheet", 60, "how many of them the sheet shows at most")
     switch("save_z", False, "the generated features too, in samples.npz")
     switch("png", False, "the images as files too, png/000000.png and on")
-    switch("compare", False, "instead, compare.png: the first --n_sheet images, 10 at most, without "
-                             "guidance, with --w_cfg, with --w_r and with both")
+    switch("compare", False, "instead, compare.png: the first --n_sheet images, 10 at most, "
+                             "without guidance, with --w_cfg, with --w_r and with both")
     switch("trajectory", False, "instead, trajectory.png: what the network takes for the clean "
                                 "image and features on the way from noise to data")
     p.add_argument("--batch_size", type=int, help="images a batch (default: n, at most 64)")

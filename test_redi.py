@@ -1801,6 +1801,22 @@ def test_guidance_is_the_documented_formula(name):
     assert without_z[:, :C].allclose(no_z[0][:, :C], atol=1e-5)          # w_r = 0: e(x_t) alone
 
 
+@pytest.mark.parametrize("name", ["SiT-T/2", "DiT-T/2"])
+def test_cfg_has_no_branch_outside_its_interval_and_rg_goes_on(name):
+    """STATE is t = 0.4 for SiT; step 5 of 999, so 0.995 in flow time, for DiT."""
+    net, y, sizes = tiny(name), torch.arange(4), []
+    net.blocks[0].register_forward_hook(lambda block, args, h: sizes.append(len(h)))
+    at = 0.4 if name[0] == "S" else 1 - 5 / 999
+    for interval, acts in (((0, 1), True), ((at, at), True), ((0, at - 1e-4), False),
+                           ((at + 1e-4, 1), False)):
+        for w_r in (1, 1.5):
+            sizes.clear()
+            result = call(net, y, w_cfg=3, w_r=w_r, cfg_interval=interval)
+            assert sizes == [4 * (1 + acts + (w_r != 1))]
+            for a, b in zip(result, call(net, y, w_cfg=3 if acts else 1, w_r=w_r)):
+                assert torch.equal(a, b)
+
+
 def test_guidance_costs_a_branch_per_weight_in_one_batch():
     net, sizes = tiny(), []
     net.blocks[0].register_forward_hook(lambda block, args, h: sizes.append(len(h)))
@@ -1818,17 +1834,18 @@ def gaussian_prediction(process):
         flow, preds = process.outputs == 1, []
         a, s = (t, 1 - t) if flow else (process.alpha[t].item(), process.sigma[t].item())
         for x_t in state:
-            x_hat = MEAN + a * STD ** 2 / (a ** 2 * STD ** 2 + s ** 2) * (x_t - a * MEAN)
-            eps = (x_t - a * x_hat) / s
+            away = (x_t - a * MEAN) / (a ** 2 * STD ** 2 + s ** 2)
+            x_hat, eps = MEAN + a * STD ** 2 * away, s * away
             preds.append(x_hat - eps if flow else torch.cat([eps, -torch.ones_like(eps)], 1))
         return preds
     return predict
 
 
 @pytest.mark.parametrize("solver, steps, tolerance", [
-    (sample.euler, 100, 0.01), (sample.euler_maruyama, 250, 0.02), (sample.ddpm, 250, 0.02)])
+    (sample.euler, 100, 0.01), (sample.heun, 20, 0.01), (sample.heun, 21, 0.02),
+    (sample.euler_maruyama, 250, 0.02), (sample.ddpm, 250, 0.02), (sample.ddim, 250, 0.02)])
 def test_solvers_recover_a_gaussian(solver, steps, tolerance):
-    process = model.DDPM() if solver is sample.ddpm else model.Flow()
+    process = model.DDPM() if solver in (sample.ddpm, sample.ddim) else model.Flow()
     seeds = iter(range(10_000))
 
     def noise():
@@ -1840,16 +1857,47 @@ def test_solvers_recover_a_gaussian(solver, steps, tolerance):
         assert part.std().item() == pytest.approx(STD, abs=tolerance)
 
 
-def test_every_solver_makes_as_many_calls_as_asked():
+@pytest.mark.parametrize("steps", [50, 7])
+def test_every_solver_makes_as_many_calls_as_asked(steps):
     for process, solvers in sample.SOLVERS.items():
         for solver in solvers.values():
             times, predict, start = [], gaussian_prediction(process()), [normal(2, 1, 1, 1)]
-            solver(lambda state, t: times.append(t) or predict(state, t), process(), start, 50,
+            solver(lambda state, t: times.append(t) or predict(state, t), process(), start, steps,
                    lambda: start)
-            assert len(times) == 50
+            assert len(times) == steps
             assert times == sorted(times, reverse=process is model.DDPM)
             assert times[0] == (999 if process is model.DDPM else 0)
     assert times[-1] == 0                                               # DDPM's chain ends there
+
+
+@pytest.mark.parametrize("solver, order", [(sample.euler, 1), (sample.heun, 2)])
+def test_twice_the_steps_divide_the_odes_error_by_2_to_the_order(solver, order):
+    """The exact map of the Gaussian's flow is noise -> MEAN + STD * noise."""
+    noise = normal(100, 1, 1, 1, dtype=DOUBLE)
+    errors = [(solver(gaussian_prediction(model.Flow()), model.Flow(), [noise], steps, None)[0]
+               - MEAN - STD * noise).abs().max() for steps in (80, 160, 320)]
+    for a, b in zip(errors, errors[1:]):
+        assert a / b == pytest.approx(2 ** order, rel=0.1)
+
+
+@pytest.mark.parametrize("steps", [1000, 50, 10, 2])
+def test_ddim_equals_diffusers_first_order_solver(steps):
+    """DPM-Solver of order 1 is DDIM (2206.00927); this scheduler takes any timesteps."""
+    from diffusers import DPMSolverMultistepScheduler
+    scheduler = DPMSolverMultistepScheduler(1000, 1e-4, 0.02, "linear", solver_order=1,
+                                            final_sigmas_type="zero")
+    scheduler.set_timesteps(timesteps=[round(i * 999 / (steps - 1)) for i in range(steps)][::-1])
+    start = normal(2, 3, 4, 4, dtype=DOUBLE)
+    mix = 0.3 * normal(6, 3, dtype=DOUBLE)
+
+    def predict(state, t):
+        return [torch.einsum("oc,bchw->bohw", mix, state[0].tanh() + t / 1000).tanh()]
+
+    ours, = sample.ddim(predict, model.DDPM(), (start,), steps, None)
+    theirs = start
+    for t in scheduler.timesteps:
+        theirs = scheduler.step(predict([theirs], t.item())[0][:, :3], t, theirs).prev_sample
+    assert ours.abs().max() > 1 and (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("steps", [1000, 250, 7])
@@ -1910,6 +1958,18 @@ def test_the_noise_of_x_is_the_same_for_every_fusion():
     assert not torch.equal(first[1][0], first[1][1][:, :2])
 
 
+def test_bf16_is_the_networks_alone():
+    net, y = tiny(), torch.arange(4)
+    net.blocks[0].register_forward_hook(lambda block, args, h: kinds.add(
+        (h.dtype, block.mlp.fc1(h).dtype)))
+    for bf16, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        kinds = set()
+        x, z = sample.generate(net, y, 5, bf16=bf16)
+        assert x.dtype == z.dtype == torch.float32 and {inner for _, inner in kinds} == {dtype}
+        exact = x if not bf16 else exact
+    assert 0 < (x - exact).abs().max() < 0.1 * exact.abs().max()
+
+
 def test_labels_are_random_balanced_or_listed():
     few, many = (sample.choose_labels("random", n, 10, 0) for n in (5, 500))
     assert torch.equal(few, many[:5]) and set(many.tolist()) == set(range(10))
@@ -1935,13 +1995,227 @@ def test_the_sheet_has_each_image_above_its_features():
         assert pca.colours(z[:, :r], meta["z_std"][:r]).shape == (3, 8, 8, 3)
 
 
+def test_the_versions_of_compare_start_from_the_same_noise():
+    net, y, how = tiny(), torch.arange(3), {"steps": 4, "seed": 1}
+    versions = sample.compare(net, y, 2.0, 1.5, **how)
+    assert [name for name, *_ in versions] == ["no guidance", "CFG 2", "RG 1.5", "both"]
+    for (_, x, z), (w_cfg, w_r) in zip(versions, ((1, 1), (2, 1), (1, 1.5), (2, 1.5))):
+        for a, b in zip((x, z), sample.generate(net, y, w_cfg=w_cfg, w_r=w_r, **how)):
+            assert torch.equal(a, b)
+    assert [name for name, *_ in sample.compare(net, y, w_r=1.5, **how)] == ["no guidance",
+                                                                            "RG 1.5"]
+    meta = {"codec": None, "z_std": None}                               # as for published weights
+    picture = np.asarray(sample.ladder([(name, x[:, :1], z) for name, x, z in versions], meta))
+    assert picture.shape[0] == 8 * 50 + 2 and picture.shape[1] > 3 * 50 + 40
+    text = picture[:52, :-3 * 50 - 2].min((1, 2)) < 128                 # beside the first version
+    assert text.any() and not picture[52:100, :-3 * 50 - 2].min() < 255
+
+
+@pytest.mark.parametrize("name, solver", [("SiT-T/2", "euler"), ("DiT-T/2", "ddim")])
+def test_the_trajectory_shows_clean_estimates_and_ends_in_the_sample(name, solver):
+    """The last step of Euler's method and of DDIM goes to the estimate itself."""
+    net, y, how = tiny(name), torch.arange(3), {"steps": 20, "solver": solver, "batch_size": 3}
+    steps = sample.trajectory(net, y, n=5, **how)
+    assert [step[0] for step in steps] == (
+        ["t = 0.00", "t = 0.25", "t = 0.50", "t = 0.70", "t = 0.95", "sample"] if name[0] == "S"
+        else ["t = 0.00", "t = 0.26", "t = 0.53", "t = 0.74", "t = 1.00", "sample"])
+    for last, end, plain in zip(steps[-2][1:], steps[-1][1:], sample.generate(net, y, **how)):
+        assert torch.equal(end, plain) and last.allclose(end, atol=1e-4)
+    assert not steps[1][1].allclose(steps[-1][1], atol=0.1)
+
+
+def made(folder):
+    """samples.npz and sheet.png in bytes: np.savez writes no dates."""
+    return [(folder / name).read_bytes() for name in ("samples.npz", "sheet.png")]
+
+
+@pytest.fixture
+def many(workdir, tmp_path, monkeypatch):
+    """A function: sample.py on workdir's checkpoint with flags, into a folder of that name; and
+    what six batches of four made there in one go, as bytes."""
+    monkeypatch.chdir(workdir)
+    torch.set_num_threads(1)
+
+    def make(out, flags="", batch_size=4):
+        main(sample, f"--n 22 --steps 3 --batch_size {batch_size} --out {tmp_path / out} {flags}")
+        return made(tmp_path / out)
+
+    yield make, make("whole"), tmp_path
+    torch.set_num_threads(2)
+
+
+def stop_after(monkeypatch, n):
+    """The n-th writing of a batch stops the run in its middle: the images, but not their mark."""
+    left, write_rows = [n], data.write_rows
+
+    def write_or_stop(path, start, rows):
+        if path.endswith("done.npy"):
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+        write_rows(path, start, rows)
+
+    monkeypatch.setattr(data, "write_rows", write_or_stop)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(many, monkeypatch):
+    make, whole, folder = many
+    batches, rows = sample.batches, []
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            make("out")
+    assert np.load(folder / "out/done.npy").tolist() == [1] * 8 + [0] * 14
+    assert not (folder / "out/samples.npz").exists()
+    for flags, words in (("--w_r 1.5", "another --w_r: 1.0, now 1.5"), ("--seed 3", "--seed: 0"),
+                         ("--steps 4", "--steps: 3, now 4")):
+        with pytest.raises(data.UserError, match=words):
+            make("out", flags)
+    monkeypatch.setattr(sample, "batches", lambda net, y, todo, **how: rows.extend(todo) or batches(
+        net, y, todo, **how))
+    assert make("out") == whole and rows == [2, 3, 4, 5]                # of six; no other twice
+    assert sorted(os.listdir(folder / "out")) == ["samples.json", "samples.npz", "sheet.png"]
+    rows.clear()
+    assert make("out") == whole and rows == []                          # nothing to do any more
+    assert make("out", "--restart") == whole and len(rows) == 6
+    assert make("out", "--w_r 1.5")[0] != whole[0]                      # a finished one is replaced
+
+
+def test_a_run_goes_on_with_another_batch_size_and_restarts_if_told(many, monkeypatch):
+    make, whole, folder = many
+    for flags, batch_size in (("", 7), ("--seed 1 --restart", 4)):
+        with monkeypatch.context() as patch:
+            stop_after(patch, 4)
+            with pytest.raises(KeyboardInterrupt):
+                make("out", "--restart")
+        make("out", flags, batch_size)
+    images, others = (np.load(folder / out / "samples.npz")["arr_0"].astype(int)
+                      for out in ("whole", "out"))
+    assert (images != others).any((1, 2, 3)).all()                      # seed 1 alone made these
+    make("seven", batch_size=7)
+    others = np.load(folder / "seven/samples.npz")["arr_0"].astype(int)
+    assert abs(images - others).max() <= 1
+
+
+def test_any_number_of_processes_make_the_same_images(many):
+    make, whole, folder = many
+    flags = f"--n 22 --steps 3 --batch_size 4 --out {folder / 'three'} --png"
+    assert in_ranks(lambda: main(sample, flags), 3) == [0, 0, 0]
+    images = np.load(folder / "three/samples.npz")
+    assert (images["arr_0"] == np.load(folder / "whole/samples.npz")["arr_0"]).all()
+    for i, image in enumerate(images["arr_0"]):
+        assert (np.asarray(Image.open(folder / f"three/png/{i:06d}.png")) == image).all()
+    assert len(os.listdir(folder / "three/png")) == 22
+    main(sample, f"--n 3 --steps 3 --out {folder / 'three'} --png")     # fewer: the rest goes
+    assert len(os.listdir(folder / "three/png")) == 3
+
+
+def test_z_is_kept_whole_if_asked_and_for_the_sheet_alone_if_not(many):
+    make, whole, folder = many
+    make("out", "--save_z --n_sheet 5")
+    with np.load(folder / "out/samples.npz") as file, np.load(folder / "whole/samples.npz") as all:
+        net, about = sample.load_model("out/ckpt.pt")
+        x, z = sample.generate(net, torch.from_numpy(file["y"]), 3, batch_size=4)
+        assert file["z"].dtype == np.float32 and (file["z"] == z.numpy()).all()
+        assert (file["arr_0"] == all["arr_0"]).all() and (all["arr_0"] == data.to_images(x)).all()
+    few = np.asarray(Image.open(folder / "out/sheet.png"))
+    assert (few == np.asarray(Image.open(folder / "whole/sheet.png"))[:102, :252]).all()
+
+
+def test_samples_that_are_not_finite_are_said_and_not_kept(many, monkeypatch):
+    make, _, folder = many
+    monkeypatch.setitem(sample.SOLVERS[model.Flow], "sde", lambda predict, process, state, *rest: [
+        part / (part > 0) for part in state])
+    with pytest.raises(data.UserError, match="samples 0 to 3 hold NaN or infinity"):
+        make("out")
+    assert not np.load(folder / "out/done.npy").any()
+
+
+def test_a_disk_that_fills_up_loses_no_image(many, monkeypatch):
+    make, whole, folder = many
+
+    def full(path, write):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pca, "write_whole", full)
+        patch.setattr(data, "write_json", lambda path, value: pathlib.Path(path).write_text(
+            json.dumps(value)))
+        with pytest.raises(data.UserError, match="No space left.*same command goes on"):
+            make("out")
+    assert np.load(folder / "out/done.npy").all()
+    assert make("out") == whole
+
+
+def test_published_weights_are_sampled_with_their_codec(photos, tmp_path, monkeypatch, capsys):
+    import safetensors.torch
+    import huggingface_hub
+    monkeypatch.chdir(tmp_path)
+    torch.save({"ema": published("SiT", 3, learn_sigma=True), "opt": 1}, "redi.pt")
+    safetensors.torch.save_file(published("SiT", 3, learn_sigma=True), "redi.safetensors")
+    torch.save(published("DiT", 0), "plain.pt")
+    few = f"--vae {photos / 'vae'} --n 3 --steps 2 --w_cfg 2"
+    main(sample, f"--ckpt redi.pt --out a --w_r 1.5 {few}")
+    warning, = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "--w_r 1.5 needs" in warning and "redi.pt does not record" in warning
+    main(sample, f"--ckpt redi.safetensors --out b --w_r 1.5 {few}")
+    assert "warning" not in capsys.readouterr().err.replace("warning: --w_r 1.5 needs", "")
+    assert made(tmp_path / "a") == made(tmp_path / "b")
+    assert np.load("a/samples.npz")["arr_0"].shape == (3, 32, 32, 3)    # the codec's factor is 4
+    assert json.loads(pathlib.Path("a/samples.json").read_text())["solver"] == "sde"
+    main(sample, f"--ckpt plain.pt --out c --model DiT-T/2 {few}")
+    assert json.loads(pathlib.Path("c/samples.json").read_text())["solver"] == "ddpm"
+    assert "warning" not in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    for flags, words in (("plain.pt", "say which they are"), ("empty", "no checkpoint at empty"),
+                         ("redi.pt --model SiT-S/2", "--model SiT-S/2: redi.pt is SiT-T/2"),
+                         ("plain.pt --model SiT-T/2 --w_r 2", "--fusion none"),
+                         ("plain.pt --model SiT-T/2 --save_z", "--save_z"),
+                         ("redi.pt --labels 10", "classes 0 to 9"),
+                         ("redi.pt --solver ddim", "sde or euler or heun")):
+        with pytest.raises(data.UserError, match=words):
+            main(sample, f"--ckpt {flags} --out d --vae {photos / 'vae'}")
+    assert not os.path.exists("d")
+
+    cache = tmp_path / "hub/models--someone--net"                      # as the hub's client lays it
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs/main").write_text("abc")
+    (cache / "snapshots/abc").mkdir(parents=True)
+    (cache / "snapshots/abc/README.md").write_text("weights")
+    shutil.copy("redi.pt", cache / "snapshots/abc/net.pt")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    main(sample, f"--ckpt someone/net --out e --w_r 1.5 {few}")
+    assert made(tmp_path / "e") == made(tmp_path / "a")
+    shutil.copy("redi.pt", cache / "snapshots/abc/net_2.pt")
+    for name, words in (("someone/net", "2 files of weights"),
+                        ("zelaki/SiT-ReDi-XL-2", "no such file, and no hub.*give the path")):
+        with pytest.raises(data.UserError, match=words) as error:
+            main(sample, f"--ckpt {name} --out f")
+        assert "\n" not in str(error.value)
+
+
+def test_the_hub_is_asked_for_the_one_file_of_weights(monkeypatch, tmp_path):
+    import types
+    import huggingface_hub
+    names = [types.SimpleNamespace(rfilename=name) for name in ("README.md", "sub/net.pt")]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options:
+                        types.SimpleNamespace(siblings=names))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args: args)
+    assert model.from_hub("zelaki/SiT-ReDi-XL-2") == ("zelaki/SiT-ReDi-XL-2", "sub/net.pt")
+
+
 def test_solvers_that_do_not_suit_are_refused():
     for name, solver, steps in (
             ("SiT-T/2", "ddpm", 9), ("DiT-T/2", "sde", 9), ("DiT-T/2", "euler", 9),
-            ("DiT-T/2", None, 1001), ("SiT-T/2", "sde", 1), ("SiT-T/2", "euler", 0)):
+            ("DiT-T/2", None, 1001), ("SiT-T/2", "sde", 1), ("SiT-T/2", "euler", 0),
+            ("SiT-T/2", "ddim", 9), ("DiT-T/2", "heun", 9), ("DiT-T/2", "ddim", 1),
+            ("DiT-T/2", "ddim", 1001), ("SiT-T/2", "heun", 0)):
         with pytest.raises(data.UserError, match="--s"):
             sample.check_solver(name, solver, steps)
-    sample.check_solver("SiT-T/2", "euler", 1)
+    assert sample.check_solver("SiT-T/2", "euler", 1) == "euler"
+    assert sample.check_solver("DiT-T/2", None, 1000) == "ddpm"
 
 
 @pytest.mark.parametrize("fusion, n_classes, p_drop_z, p_drop_y, flags, words", [
@@ -2100,7 +2374,8 @@ def test_a_mistake_is_one_line_on_stderr_and_overwrites_nothing(broken, command,
     (sample, "--ckpt nowhere.pt", "no checkpoint at nowhere.pt"),
     (sample, "--labels 3,10", "classes 0 to 9"), (sample, "--n 0", "--n 0"),
     (sample, "--solver ddpm", "sde or euler"), (sample, "--steps 1", "--steps 1"),
-    (sample, "--w_cfg nan", "--w_cfg nan"), (sample, "--device nonsense", "--device nonsense"),
+    (sample, "--w_cfg nan", "--w_cfg nan"), (sample, "--cfg_interval 0.9,0.1", "--cfg_interval"),
+    (sample, "--compare", "--compare shows"), (sample, "--device nonsense", "--device nonsense"),
     (sample, "--ckpt prepared/digits/x.npy", "neither a checkpoint of train.py nor"),
     (train, "--steps 7", "done"), (fid, "prepared/digits/x.npy digits", "no images|holds no"),
     (train, "--out truncated", "damaged"), (train, "--model SiT-XL2 --out new", "SiT-XL/2"),
