@@ -1,16 +1,21 @@
 """The README's tables, each by one command.
 
     python bench.py digits                    # every fusion and process on digits
+    python bench.py few_steps --ckpt out/ckpt.pt out/dit/ckpt.pt        # solvers over their calls
+    python bench.py guidance --ckpt out/ckpt.pt                        # w_r x w_cfg
+    python bench.py sampling --official DIR   # samples/s beside the authors' sampler
     python bench.py prepare --images DIR      # reading and writing of photographs, without networks
     python bench.py speed --official DIR      # training and sampling, beside the authors' code
     python bench.py scaling                   # the same over the number of processes
     python bench.py kills                     # does a killed run end as an undisturbed one?
 
-Runs go to runs/digits/NAME, rows to runs/digits/rows.jsonl. Killed, it continues; what is there is
-not computed again.
+Runs go to runs/digits/NAME, rows to runs/*/rows.jsonl. Killed, it continues; what is there is not
+computed again.
 """
 import argparse
+import contextlib
 import copy
+import functools
 import importlib.util
 import itertools
 import json
@@ -123,6 +128,64 @@ def digits(args):
         read = f"{row['read_as_asked_percent']:.1f}" if "read_as_asked_percent" in row else ""
         print(f"| {row['run']} | {row['solver']} | {row['w_r']:g} | {shown[0]:.2f} | "
               f"{shown[1]:.2f} | {read} | {row['images_per_s']:.0f} |")
+
+
+def judged(args, rows, path, how):
+    """The row of n digits that the checkpoint `path` makes with batches()' arguments `how`: one of
+    rows if it is there, else made, judged and kept."""
+    net, about = sample.load_model(path)
+    key = {"ckpt": f"{about['arch']['name']} {data.weights_hash(net)[:16]}", "n": args.n} | how
+    for row in rows:
+        if key.items() <= row.items():
+            return row
+    if about["meta"]["name"] != "digits":
+        raise data.UserError(f"{path}: these tables judge digits, and it was trained on "
+                             f"{about['meta']['name']}")
+    y = sample.choose_labels("balanced" if net.n_classes else "random", args.n, net.n_classes, 0)
+    start = time.perf_counter()
+    x, _ = sample.generate(net, y, batch_size=125, progress=True, **how)
+    seconds = time.perf_counter() - start
+    metrics = fid.judge_digits(data.to_images(x), y.numpy() if net.n_classes else None)
+    row = key | {"seconds": seconds, "hardware": hardware(), "date": time.strftime("%Y-%m-%d")}
+    row |= {name.removesuffix(f"_{args.n}_vs_179"): value for name, value in metrics.items()}
+    os.makedirs(args.out, exist_ok=True)
+    with open(f"{args.out}/rows.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    return row
+
+
+def few_steps(args):
+    """Print quality and time of every solver of the checkpoints over its network calls."""
+    rows = rows_of(f"{args.out}/rows.jsonl")
+    print("| model | solver | calls | Fréchet, classifier | Fréchet, pixels | read as asked % | "
+          "seconds |\n|---|---|---|---|---|---|---|")
+    for path in args.ckpt:
+        _, about = sample.load_model(path)
+        name = about["arch"]["name"]
+        for solver in sample.SOLVERS[model.FAMILIES[model.parse_name(name)[0]]]:
+            for steps in args.calls:
+                row = judged(args, rows, path, {"solver": solver, "steps": steps})
+                read = row.get("read_as_asked_percent", math.nan)
+                print(f"| {name} | {solver} | {steps} | {row['frechet_classifier']:.2f} | "
+                      f"{row['frechet_pixels']:.2f} | {read:.1f} | {row['seconds']:.1f} |",
+                      flush=True)
+    print(f"\n{args.n} samples; {hardware()}, {time.strftime('%Y-%m-%d')}")
+
+
+def guidance(args):
+    """Print w_r x w_cfg: Fréchet distance in classifier space / read as asked %."""
+    rows, path = rows_of(f"{args.out}/rows.jsonl"), args.ckpt[0]
+    _, about = sample.load_model(path)
+    steps = about["settings"]["sample_steps"]
+    print(f"| w_r | {' | '.join(f'w_cfg {w:g}' for w in args.w_cfg)} |\n|---"
+          + "|---" * len(args.w_cfg) + "|")
+    for w_r in args.w_r:
+        cells = [judged(args, rows, path, {"steps": steps, "w_cfg": w_cfg, "w_r": w_r})
+                 for w_cfg in args.w_cfg]
+        print(f"| {w_r:g} | " + " | ".join(
+            f"{row['frechet_classifier']:.2f} / {row.get('read_as_asked_percent', math.nan):.1f}"
+            for row in cells) + " |", flush=True)
+    print(f"\n{args.n} samples, {steps} calls; {hardware()}, {time.strftime('%Y-%m-%d')}")
 
 
 def read_and_write_ours(args, folder):
@@ -251,20 +314,39 @@ class Ours:
                         device=self.trainer.device)
 
 
+def import_theirs(folder):
+    """Make a clone of zelaki/ReDi importable, also where packages are missing that it imports but
+    does not need here."""
+    for module, part in (("torchdiffeq", "odeint"), ("diffusers.models", "AutoencoderKL")):
+        parent = module.split(".")[0]
+        if parent not in sys.modules and not importlib.util.find_spec(parent):
+            sys.modules[parent] = types.ModuleType(parent)
+            sys.modules[module] = types.ModuleType(module)
+            setattr(sys.modules[module], part, None)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
+@contextlib.contextmanager
+def tf32():
+    """As the authors' code computes; ours does not."""
+    allowed = torch.backends.cuda.matmul, torch.backends.cudnn
+    for backend in allowed:
+        backend.allow_tf32 = True
+    try:
+        yield
+    finally:
+        for backend in allowed:
+            backend.allow_tf32 = False
+
+
 class Theirs:
     """The authors' step: their network, loss and averaging, from a clone of zelaki/ReDi, on tensors
     that lie on the device. encoder: DINOv2 (timm's, random weights) and the PCA run in the step, as
     in their trainer; without it z is there already."""
     def __init__(self, args, name, encoder=False):
-        for module, part in (("torchdiffeq", "odeint"), ("diffusers.models", "AutoencoderKL")):
-            parent = module.split(".")[0]
-            if parent not in sys.modules and not importlib.util.find_spec(parent):  # not used here
-                sys.modules[parent] = types.ModuleType(parent)
-                sys.modules[module] = types.ModuleType(module)
-                setattr(sys.modules[module], part, None)
-        if args.official not in sys.path:
-            sys.path.insert(0, args.official)
-        import train_redi as theirs                # allows TF32 for its own matrices: see steps()
+        import_theirs(args.official)
+        import train_redi as theirs                # allows TF32 for its own matrices: see tf32()
         from transport import create_transport
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self.theirs, self.transport = theirs, create_transport()
@@ -284,10 +366,8 @@ class Theirs:
             self.components = torch.randn(8, 768, device=args.dev)
         self.resident = allocated() - before
 
+    @tf32()
     def steps(self, n):
-        allowed = torch.backends.cuda.matmul, torch.backends.cudnn
-        for backend in allowed:
-            backend.allow_tf32 = True
         for _ in range(n):
             z = self.z
             if self.encoder:
@@ -304,8 +384,6 @@ class Theirs:
             self.optimizer.step()
             self.theirs.update_ema(self.ema, self.net)
             losses["loss"].mean().item()
-        for backend in allowed:
-            backend.allow_tf32 = False
 
 
 def forward_flop(arch):
@@ -406,6 +484,84 @@ def speed(args):
             torch._dynamo.reset()                    # code for another width
     if n_processes > 1:
         dist.destroy_process_group()
+
+
+def sampling(args):
+    """Print samples/s of sample.py and of the authors' sample_ddp.py loop: equal weights, steps and
+    guidance, decoded and written; and how far equal noise takes them apart."""
+    args.dev = data.begin(args, 1)
+    import_theirs(args.official)
+    from models import SiT_models
+    from transport import Sampler, create_transport
+    torch.manual_seed(0)
+    theirs = SiT_models[args.model](input_size=32, in_channels=12, learn_sigma=True).eval()
+    for p in theirs.parameters():                        # zero at first, some of them
+        p.data += 0.02 * torch.randn_like(p)
+    nets = {"float32": model.load_published(theirs.state_dict()).to(args.dev)}
+    theirs = theirs.to(args.dev)
+    if args.compile or args.bf16:
+        name = "bf16" * args.bf16 + ", " * (args.bf16 and args.compile) + "compiled" * args.compile
+        nets[name] = copy.deepcopy(nets["float32"])
+        for block in nets[name].blocks if args.compile else ():
+            block.compile(dynamic=False)
+    meta = {"codec": args.vae, "codec_weights": None, "scale": None, "shift": None}
+    codec, n = data.codec_of(meta, args.dev), args.batch_size
+    solve = Sampler(create_transport()).sample_sde(diffusion_form="sigma", num_steps=args.steps)
+    y = torch.arange(n * args.batches) % 1000
+
+    def their_latents(noise, labels):
+        labels = torch.cat([labels, torch.full_like(labels, 1000)])
+        return solve(torch.cat([noise, noise]), theirs.forward_with_cfg_vae, y=labels,
+                     cfg_scale=args.w_cfg)[-1][:n]
+
+    @torch.no_grad()
+    @tf32()
+    def official(folder):
+        for b, labels in enumerate(y.to(args.dev).split(n)):
+            latents = their_latents(torch.randn(n, 12, 32, 32, device=args.dev), labels)
+            images = codec.decode(latents[:, :4])
+            images = (127.5 * images + 128).clamp(0, 255).permute(0, 2, 3, 1)
+            for i, image in enumerate(images.to("cpu", torch.uint8).numpy()):
+                data.Image.fromarray(image).save(f"{folder}/{b * n + i:06d}.png")
+
+    def ours(folder, name):
+        size = 32 * codec.factor
+        store = sample.Store(folder, {}, {"images": (len(y), size, size, 3), "done": (len(y),)})
+        store.open()
+        sample.fill(store, range(args.batches), nets[name], y, meta, args.dev, quiet=True,
+                    steps=args.steps, batch_size=n, w_cfg=args.w_cfg, bf16="bf16" in name)
+        store.finish(y.numpy(), with_z=False)
+
+    runs = {"official": official} | {
+        f"ours, {name}": functools.partial(ours, name=name) for name in nets}
+    seconds = {name: [] for name in runs}
+    for i in range(args.rounds + 1):                                     # the first warms up
+        for name, make in runs.items():
+            with tempfile.TemporaryDirectory() as folder:
+                took = seconds_of(lambda: make(folder), args.dev)
+            if i:
+                seconds[name].append(took)
+    print(f"| {args.model}, {args.steps} steps, w_cfg {args.w_cfg:g}, batch {n} | images/s | "
+          "ratio |\n|---|---|---|")
+    theirs_took = statistics.median(seconds["official"])
+    for name, took in seconds.items():
+        middle = statistics.median(took)
+        print(f"| {name} | {len(y) / middle:.4g} ({len(y) / max(took):.4g} to "
+              f"{len(y) / min(took):.4g}) | {theirs_took / middle:.2f} |")
+    noises = [torch.randn(n, 12, 32, 32) for _ in range(args.steps)]     # the same for both, now
+    played, randn = iter(noises[1:]), torch.randn
+    torch.randn = lambda *shape, **options: next(played).repeat(2, 1, 1, 1)
+    with torch.no_grad():
+        latents = their_latents(noises[0].to(args.dev), y[:n].to(args.dev))
+    torch.randn = randn
+    played = ([part.to(args.dev) for part in noise.split([4, 8], 1)] for noise in noises)
+    with torch.no_grad():
+        state = sample.euler_maruyama(
+            sample.guided(nets["float32"], y[:n].to(args.dev), args.w_cfg), model.Flow(),
+            next(played), args.steps, played.__next__)
+    rms, apart = latents.square().mean().sqrt(), (torch.cat(state, 1) - latents).abs().max()
+    print(f"\nEqual noise, float32: x and z, of RMS {rms:.3g}, differ by at most {apart:.1e}. "
+          f"{hardware()}, {time.strftime('%Y-%m-%d')}")
 
 
 def scaling(args):
@@ -521,6 +677,23 @@ def parser():
                    help=f"just these (default: all): {' '.join(digit_runs())}")
     q.add_argument("--out", default="runs/digits", metavar="DIR",
                    help="runs and rows (default: %(default)s)")
+    for table, text in ((few_steps, "solvers over their network calls, on digits"),
+                        (guidance, "w_r x w_cfg, on digits")):
+        q = tables.add_parser(table.__name__, help=text, allow_abbrev=False)
+        q.set_defaults(table=table)
+        q.add_argument("--ckpt", nargs="+" if table is few_steps else 1, default=["out/ckpt.pt"],
+                       metavar="FILE", help="of train.py on digits (default: out/ckpt.pt)")
+        q.add_argument("--n", type=int, default=N_DIGITS, help="samples (default: %(default)s)")
+        q.add_argument("--out", default=f"runs/{table.__name__}", metavar="DIR",
+                       help="where rows.jsonl is (default: %(default)s)")
+        if table is few_steps:
+            q.add_argument("--calls", type=int, nargs="+", default=[10, 25, 50, 250],
+                           help="network calls an image (default: 10 25 50 250)")
+        else:
+            q.add_argument("--w_cfg", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0],
+                           help="default: 1 1.5 2 3")
+            q.add_argument("--w_r", type=float, nargs="+", default=[1.0, 1.25, 1.5, 2.0],
+                           help="default: 1 1.25 1.5 2")
     q = tables.add_parser("prepare", help="reading and writing of photographs, without networks",
                           allow_abbrev=False)
     q.set_defaults(table=prepare)
@@ -549,6 +722,21 @@ def parser():
                    help="network calls that sampling is measured by; 0 is off (default: "
                         "%(default)s; images/s are for 250)")
     q.add_argument("--rows", metavar="FILE", help="append the rows to a .jsonl file, too")
+    q.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on GPUs")
+    q.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
+    q.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    q = tables.add_parser("sampling", help="samples/s beside the authors' sampler",
+                          allow_abbrev=False)
+    q.set_defaults(table=sampling)
+    q.add_argument("--official", required=True, metavar="DIR", help="a clone of zelaki/ReDi")
+    q.add_argument("--model", default="SiT-XL/2", metavar="MODEL",
+                   help="of random weights (default: %(default)s)")
+    q.add_argument("--vae", default=data.VAE, help="as for sample.py (default: %(default)s)")
+    q.add_argument("--batch_size", type=int, default=64, help="images a batch (default: 64)")
+    q.add_argument("--batches", type=int, default=2, help="a round (default: %(default)s)")
+    q.add_argument("--steps", type=int, default=250, help="of the SDE (default: %(default)s)")
+    q.add_argument("--w_cfg", type=float, default=2.4, help="default: %(default)s")
+    q.add_argument("--rounds", type=int, default=3, help="repetitions (default: %(default)s)")
     q.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on GPUs")
     q.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
     q.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")

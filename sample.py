@@ -355,7 +355,7 @@ def load_model(path, name=None):
         about = {"arch": net.arch, "step": None,
                  "settings": {"sample_steps": PUBLISHED_STEPS, "p_drop_z": None, "p_drop_y": None},
                  "meta": {"codec": data.VAE, "codec_weights": None, "scale": None, "shift": None,
-                          "z_std": None}}
+                          "image_size": None, "z_std": None}}
     if name and about["arch"]["name"] != name:
         raise data.UserError(f"--model {name}: {path} is {about['arch']['name']}")
     return net.requires_grad_(False), about
@@ -539,12 +539,19 @@ def main(args):
         raise data.UserError(f"--save_z: {args.ckpt} makes no features, it is of --fusion none")
     y = choose_labels(args.labels, args.n, arch["n_classes"], args.seed)
     device = data.begin(args, n_ranks)
+    of_data = meta["codec_weights"]
     if args.vae:
         meta |= {"codec": args.vae, "codec_weights": None, "scale": None, "shift": None}
     codec = data.codec_of(meta, device)
-    if codec and codec.channels != arch["x_channels"]:
-        raise data.UserError(f"--vae {codec.name} has {codec.channels} channels, the model "
-                             f"{arch['x_channels']}; take the codec that made its data")
+    size = arch["x_size"] * (codec.factor if codec else 1)
+    if codec and (codec.channels, size) != (arch["x_channels"], meta["image_size"] or size):
+        raise data.UserError(
+            f"--vae {codec.name} makes images of {size} pixels from {codec.channels} channels, the "
+            f"model's data are of {meta['image_size'] or 'any'} pixels and {arch['x_channels']} "
+            "channels; take the codec that made them")
+    if of_data and codec.weights != of_data and rank == 0:
+        print(f"warning: --vae {codec.name} is not the codec that made the data, its weights differ",
+              file=sys.stderr)
     ckpt = f"{arch['name']} {data.weights_hash(net)[:16]}"
     net = net.to(device)
     if args.compile:
@@ -564,10 +571,9 @@ def main(args):
                 "solver": solver, "steps": steps, "seed": args.seed, "bf16": args.bf16,
                 "vae": codec and f"{codec.kind} {codec.weights[:16]}", "save_z": args.save_z,
                 "n_sheet": args.n_sheet, "png": args.png}
-            size, x_size = arch["x_size"] * (codec.factor if codec else 1), arch["x_size"]
             n_z = args.n if args.save_z else min(args.n, args.n_sheet)      # the sheet shows them
             store = Store(args.out, settings, {"images": (args.n, size, size, 3), "done": (args.n,)}
-                          | ({"z": (n_z, net.r, x_size, x_size)} if net.r else {}))
+                          | ({"z": (n_z, net.r, net.x_size, net.x_size)} if net.r else {}))
             make(store, net, y, meta, rank, n_ranks, args, **how)
     if n_ranks > 1:
         dist.destroy_process_group()

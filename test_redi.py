@@ -945,6 +945,29 @@ def test_prepared_photos_train_and_sample_through_their_codec(photos, prepared, 
         main(sample, f"--ckpt {tmp_path / 'out/ckpt.pt'} --vae nowhere --out {tmp_path / 'none'}")
 
 
+def test_another_codec_is_warned_of_and_one_of_other_shapes_refused(photos, prepared, tmp_path,
+                                                                   capsys):
+    import diffusers
+    net = tiny(r=4, x_channels=4)
+    torch.save({"arch": net.arch, "settings": {"sample_steps": 2, "p_drop_z": 0, "p_drop_y": 0},
+                "meta": data.Prepared(str(photos / "prepared"), 4).meta, "step": 1,
+                "ema": net.state_dict()}, tmp_path / "ckpt.pt")
+    options = dict(norm_num_groups=4, block_out_channels=[8] * 3, latent_channels=4,
+                   down_block_types=["DownEncoderBlock2D"] * 3,
+                   up_block_types=["UpDecoderBlock2D"] * 3)
+    for name, change in (("same", {}), ("wide", {"latent_channels": 5}), (
+            "small", {key: value[:2] for key, value in options.items() if type(value) is list})):
+        diffusers.AutoencoderKL(**options | change).save_pretrained(tmp_path / name)
+    flags = f"--ckpt {tmp_path / 'ckpt.pt'} --n 2 --out {tmp_path / 'out'}"
+    main(sample, flags)
+    assert "warning" not in capsys.readouterr().err
+    main(sample, f"{flags} --vae {tmp_path / 'same'}")
+    assert "same is not the codec that made the data" in capsys.readouterr().err
+    for name, words in (("wide", "32 pixels from 5 channels"), ("small", "16 pixels from 4")):
+        with pytest.raises(data.UserError, match=f"{words}.* are of 32 pixels and 4 channels"):
+            main(sample, f"{flags} --vae {tmp_path / name}")
+
+
 def test_x_is_drawn_anew_at_every_step(photos, prepared, tmp_path, monkeypatch):
     drawn, unpack = [], data.Prepared.unpack
 
@@ -2296,6 +2319,26 @@ def test_speed_counts_images_of_its_own_steps(tmp_path, monkeypatch, capsys):
             300 * flop * row["images_per_s"] / row["peak_flop_per_s"])
         assert row["least"] <= row["images_per_s"] <= row["most"]
     assert "| SiT-T/2 separate | " in capsys.readouterr().out
+
+
+def test_judged_rows_are_made_once_and_are_the_samplers_own(workdir, tmp_path, capsys, monkeypatch):
+    path = workdir / "out/ckpt.pt"
+    commands = [f"few_steps --ckpt {path} --n 30 --calls 2 3 --out {tmp_path}",
+                f"guidance --ckpt {path} --n 30 --w_cfg 1 2 --w_r 1 1.5 --out {tmp_path}"]
+    for command in commands:
+        main(bench, command)
+    shown, rows = capsys.readouterr().out, bench.rows_of(tmp_path / "rows.jsonl")
+    assert [(row["solver"], row["steps"]) for row in rows[:6]] == [
+        (solver, steps) for solver in ("sde", "euler", "heun") for steps in (2, 3)]
+    assert [(row["w_cfg"], row["w_r"]) for row in rows[6:]] == [(1, 1), (2, 1), (1, 1.5), (2, 1.5)]
+    x, _ = sample.generate(sample.load_model(str(path))[0], torch.arange(30) % 10, 4, w_r=1.5)
+    expected = fid.judge_digits(data.to_images(x))["frechet_pixels_30_vs_179"]
+    assert rows[8]["frechet_pixels"] == pytest.approx(expected, rel=0.02)
+    assert f"| SiT-T/2 | heun | 3 | {rows[5]['frechet_classifier']:.2f} | " in shown
+    monkeypatch.setattr(sample, "generate", None)                       # nothing is made again
+    for command in commands:
+        main(bench, command)
+    assert capsys.readouterr().out == shown and len(bench.rows_of(tmp_path / "rows.jsonl")) == 10
 
 
 # command lines, as a user types them
