@@ -311,7 +311,7 @@ class Ours:
     def sample(self, n, calls):
         """n images of so many network calls, without decoding."""
         sample.generate(self.trainer.ema, torch.arange(n) % 1000, calls, batch_size=n,
-                        device=self.trainer.device)
+                        device=self.trainer.device, bf16=self.trainer.args.bf16)
 
 
 def import_theirs(folder):

@@ -254,6 +254,11 @@ def weights_hash(net):
     return digest.hexdigest()
 
 
+def is_hub_name(name):
+    """Whether it can be a repository's, OWNER/NAME, and is nothing that lies here."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not os.path.exists(name)
+
+
 class Codec:
     """A diffusers AutoencoderKL or AutoencoderTiny, local folder or hub name, between images and
     latents. Scaled latents are (raw - shift) * scale. UserError if it cannot be had.
@@ -263,8 +268,7 @@ class Codec:
     def __init__(self, name, device="cpu", scale=None, shift=None):
         import diffusers                                  # slow to import: not before it is used
         diffusers.utils.logging.set_verbosity_error()
-        of_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not os.path.exists(name)
-        if not of_hub and not os.path.exists(f"{name}/config.json"):
+        if not is_hub_name(name) and not os.path.exists(f"{name}/config.json"):
             raise UserError(f"--vae {name}: no config.json there, and it is no hub name (such as "
                             f"{VAE}); give a local folder in diffusers' format, or a hub name")
         try:

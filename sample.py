@@ -207,12 +207,12 @@ def choose_labels(labels, n, n_classes, seed):
 @torch.no_grad()
 def batches(net, y, numbers, steps, solver=None, seed=0, batch_size=64, device="cpu", bf16=False,
             guide=guided, **guidance):
-    """For each b of numbers: the rows of batch b of y (n,), b * batch_size and on, and their final
-    state on the device, x (B, C, H, W) and z (B, r, H, W), or x alone.
+    """For each b of numbers: the rows of batch b of y (n,), b * batch_size and on, and its final
+    state on the device, x (B, C, H, W) and z (B, r, H, W), or x alone. The last batch is padded, so
+    that every network always sees the same shapes: it has fewer rows than B.
 
     solver: a name that SOLVERS has for net.process, None for the first; bf16: the network computes
-    under autocast, the solver in float32; guidance: guided()'s. The last batch is padded, so that
-    the network always sees the same shapes.
+    under autocast, the solver in float32; guide: what makes predict of the net, y and guidance.
     """
     device, solvers = torch.device(device), SOLVERS[type(net.process)]
     solve = solvers[solver or next(iter(solvers))]
@@ -223,8 +223,7 @@ def batches(net, y, numbers, steps, solver=None, seed=0, batch_size=64, device="
         with contextlib.closing(image_noise(net, seed, rows, device)) as noise, \
                 torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             state = solve(predict, net.process, next(noise), steps, noise.__next__)
-        n = min(len(rows), len(y) - rows.start)
-        yield rows[:n], [part[:n] for part in state]
+        yield rows[:len(y) - rows.start], state
 
 
 def generate(net, y, steps, solver=None, seed=0, batch_size=64, device="cpu", progress=False,
@@ -234,7 +233,7 @@ def generate(net, y, steps, solver=None, seed=0, batch_size=64, device="cpu", pr
     numbers = tqdm(range(-(-len(y) // batch_size)), "sampling", unit="batch", disable=not progress)
     states = [[part.cpu() for part in state] for _, state in batches(
         net, y, numbers, steps, solver, seed, batch_size, device, **options)]
-    x, *z = (torch.cat(parts) for parts in zip(*states))
+    x, *z = (torch.cat(parts)[:len(y)] for parts in zip(*states))
     return x, z[0] if z else None
 
 
@@ -337,8 +336,7 @@ def load_model(path, name=None):
     repository that holds it. name: the model's, as --model says it, which tells plain DiT from
     plain SiT; None: whatever it is. UserError if it cannot be had, or is another model.
     """
-    known_end = path.endswith(model.WEIGHT_FILES)
-    if not os.path.exists(path) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and not known_end:
+    if data.is_hub_name(path) and not path.endswith(model.WEIGHT_FILES):
         try:
             path = model.from_hub(path)
         except ValueError as error:
@@ -383,8 +381,33 @@ def check_guidance(about, args):
             raise data.UserError(f"{asked} with --{dropout} > 0; {args.ckpt} has 0. Retrain, or "
                                  f"use --{flag} 1")
         if settings[dropout] is None and flag == "w_r":
-            print(f"warning: {asked} with z-dropout; {args.ckpt} does not record whether it was",
-                  file=sys.stderr)
+            warn(f"{asked} with z-dropout; {args.ckpt} does not record whether it was")
+
+
+def warn(text):
+    if data.place()[0] == 0:                               # one process speaks for all
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def codec_for(args, about, device):
+    """The codec that decodes, None where x are pixels, and the images' size. about["meta"] is told
+    of --vae. UserError if it does not suit; a warning if it is not the one of the data."""
+    arch, meta = about["arch"], about["meta"]
+    of_data = meta["codec_weights"]
+    if args.vae:
+        meta |= {"codec": args.vae, "codec_weights": None, "scale": None, "shift": None}
+    codec = data.codec_of(meta, device)
+    if not codec:
+        return None, arch["x_size"]
+    size = arch["x_size"] * codec.factor
+    if (codec.channels, size) != (arch["x_channels"], meta["image_size"] or size):
+        raise data.UserError(
+            f"--vae {codec.name} makes images of {size} pixels from {codec.channels} channels, the "
+            f"model's data are of {meta['image_size'] or 'any'} pixels and {arch['x_channels']} "
+            "channels; take the codec that made them")
+    if of_data and codec.weights != of_data:
+        warn(f"--vae {codec.name} is not the codec that made the data, its weights differ")
+    return codec, size
 
 
 class Store:
@@ -409,8 +432,8 @@ class Store:
                     f"{self.settings.get(key)}; that one's command finishes it, this one needs "
                     "another --out, or --restart")
         if not stored:
-            done = read_settings(f"{self.out}/samples.json") == self.settings
-            if done and not restart and os.path.exists(f"{self.out}/samples.npz"):
+            there = os.path.exists(f"{self.out}/samples.npz") and not restart
+            if there and read_settings(f"{self.out}/samples.json") == self.settings:
                 return False
             os.makedirs(self.out, exist_ok=True)
             self.clear()
@@ -424,9 +447,9 @@ class Store:
         return np.load(f"{self.out}/{name}.npy", mmap_mode="r")
 
     def write(self, rows, arrays):
-        """Rows of images and z; they count as done when they are on the disk."""
+        """Images and z (>= len(rows), ...) of these rows; done when they are on the disk."""
         for name, array in arrays.items():
-            array = array[:max(0, self.shapes[name][0] - rows.start)]
+            array = array[:len(rows)][:max(0, self.shapes[name][0] - rows.start)]
             if len(array):
                 data.write_rows(f"{self.out}/{name}.npy", rows.start, array)
         data.write_rows(f"{self.out}/done.npy", rows.start, np.ones(len(rows), np.uint8))
@@ -492,7 +515,7 @@ def check(args):
 def keep(store, rows, state, meta, device):
     """Decode a batch and write it."""
     x, *z = state
-    if not x.isfinite().all():
+    if not x[:len(rows)].isfinite().all():
         raise data.UserError(f"the samples {rows.start} to {rows.stop - 1} hold NaN or infinity; "
                              "lower --w_cfg and --w_r, or use an earlier checkpoint")
     names = ["images", "z"][:1 + len(z)]
@@ -539,19 +562,7 @@ def main(args):
         raise data.UserError(f"--save_z: {args.ckpt} makes no features, it is of --fusion none")
     y = choose_labels(args.labels, args.n, arch["n_classes"], args.seed)
     device = data.begin(args, n_ranks)
-    of_data = meta["codec_weights"]
-    if args.vae:
-        meta |= {"codec": args.vae, "codec_weights": None, "scale": None, "shift": None}
-    codec = data.codec_of(meta, device)
-    size = arch["x_size"] * (codec.factor if codec else 1)
-    if codec and (codec.channels, size) != (arch["x_channels"], meta["image_size"] or size):
-        raise data.UserError(
-            f"--vae {codec.name} makes images of {size} pixels from {codec.channels} channels, the "
-            f"model's data are of {meta['image_size'] or 'any'} pixels and {arch['x_channels']} "
-            "channels; take the codec that made them")
-    if of_data and codec.weights != of_data and rank == 0:
-        print(f"warning: --vae {codec.name} is not the codec that made the data, its weights differ",
-              file=sys.stderr)
+    codec, size = codec_for(args, about, device)
     ckpt = f"{arch['name']} {data.weights_hash(net)[:16]}"
     net = net.to(device)
     if args.compile:

@@ -335,28 +335,28 @@ def save_checkpoint(out, checkpoint, keep=False):
     os.replace(new, path)
 
 
-def generate(ema, n, settings, batch_size, device, progress=False):
+def generate(ema, n, settings, batch_size, device, bf16, progress=False):
     """n samples from the EMA, its first ten classes in turn, from the same noise at every call:
     x, z, y."""
     y = torch.arange(n) % (min(ema.n_classes, 10) or 1)
     x, z = sample.generate(ema, y, settings["sample_steps"], batch_size=batch_size, device=device,
-                           progress=progress)
+                           bf16=bf16, progress=progress)
     return x, z, y
 
 
-def preview(ema, settings, meta, device, path, rows=4):
+def preview(ema, settings, meta, device, bf16, path, rows=4):
     """Save a sheet of samples from the EMA; up to ten classes, one a column."""
     columns = min(ema.n_classes, 10) or 10
-    x, z, _ = generate(ema, columns * rows, settings, columns * rows // 2, device)
+    x, z, _ = generate(ema, columns * rows, settings, columns * rows // 2, device, bf16)
     picture = sample.sheet(data.decode(x, meta, device), z, meta, columns)
     write_whole(path, lambda file: picture.save(file, "PNG"))
 
 
-def finish(ema, settings, meta, out, device):
+def finish(ema, settings, meta, out, device, bf16):
     """The closing sheet and, for digits, the numbers of results.json."""
     if settings["data"] == "digits":
         import fid                       # brings scikit-learn and SciPy: not before they are used
-        x, _, y = generate(ema, N_JUDGED, settings, 125, device, progress=True)
+        x, _, y = generate(ema, N_JUDGED, settings, 125, device, bf16, progress=True)
         images = data.to_images(x)
         metrics = fid.judge_digits(images, y.numpy() if ema.n_classes else None)
         results = {"step": settings["steps"], "n_images": N_JUDGED} | metrics
@@ -364,7 +364,7 @@ def finish(ema, settings, meta, out, device):
         write_whole(f"{out}/results.json", lambda file: file.write(text))
         print("\n".join(f"{name:32s} {value:.2f}" for name, value in metrics.items()))
     try:
-        preview(ema, settings, meta, device, f"{out}/sheet.png")
+        preview(ema, settings, meta, device, bf16, f"{out}/sheet.png")
         print(f"{out}/sheet.png: generated images above their feature maps")
     except data.UserError as error:                                  # no codec: nothing is lost
         print(f"{out}/ckpt.pt is complete, but there is no sheet.png: {error}")
@@ -575,7 +575,7 @@ def train(trainer, out, rank, n_processes):
                 break
             if rank == 0 and step > first and step % settings["preview_every"] == 0:
                 try:
-                    preview(trainer.ema, settings, trainer.meta, device,
+                    preview(trainer.ema, settings, trainer.meta, device, trainer.args.bf16,
                             f"{out}/sheet_{step:07d}.png")
                 except data.UserError as error:                      # no codec: no reason to stop
                     bar.write(f"no preview: {error}")
@@ -684,7 +684,7 @@ def main(args):
                   f"{trainer.step}; {same_command(args)} goes on from there", file=sys.stderr)
         sys.exit(128 + ended_by)                           # as shells report a signal
     if rank == 0:
-        finish(trainer.ema, settings, trainer.meta, args.out, device)
+        finish(trainer.ema, settings, trainer.meta, args.out, device, args.bf16)
 
 
 if __name__ == "__main__":
