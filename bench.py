@@ -102,11 +102,10 @@ def digits(args):
             command = [sys.executable, script, *flags, *settings, "--out", out]
             subprocess.run(command, check=True)
         for solver, w_r in missing:
-            checkpoint = sample.load_checkpoint(f"{out}/ckpt.pt")
-            net, meta = sample.load_ema(checkpoint), checkpoint["meta"]
+            net, about = sample.load_model(f"{out}/ckpt.pt")
             y = sample.choose_labels("balanced" if net.n_classes else "random", args.n,
                                      net.n_classes, 0)
-            x, _ = sample.generate(net, y, checkpoint["settings"]["sample_steps"], solver,
+            x, _ = sample.generate(net, y, about["settings"]["sample_steps"], solver,
                                    batch_size=125, progress=True, w_r=w_r)
             metrics = fid.judge_digits(data.to_images(x),
                                        y.numpy() if net.n_classes else None)
@@ -329,15 +328,16 @@ def import_theirs(folder):
 
 @contextlib.contextmanager
 def tf32():
-    """As the authors' code computes; ours does not."""
-    allowed = torch.backends.cuda.matmul, torch.backends.cudnn
-    for backend in allowed:
+    """As the authors' code computes, convolutions and matrix products; ours the former alone."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
         backend.allow_tf32 = True
     try:
         yield
     finally:
-        for backend in allowed:
-            backend.allow_tf32 = False
+        for backend, allowed in zip(backends, before):
+            backend.allow_tf32 = allowed
 
 
 class Theirs:
@@ -348,7 +348,7 @@ class Theirs:
         import_theirs(args.official)
         import train_redi as theirs                # allows TF32 for its own matrices: see tf32()
         from transport import create_transport
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False                  # it allowed it at import
         self.theirs, self.transport = theirs, create_transport()
         before = allocated()
         self.net = theirs.SiT_models[name](input_size=32, in_channels=12, learn_sigma=False)
@@ -419,7 +419,7 @@ def seconds_of(work, device):
 
 def speed(args):
     """Print training and sampling images/s of every fusion and, given their code, the authors'."""
-    rank, n_processes = data.place()
+    rank, n_processes = data.rank_and_count()
     if args.official and n_processes > 1:
         raise data.UserError("--official is for one process; leave it out")
     args.dev = data.begin(args, n_processes, "nccl")
@@ -488,7 +488,7 @@ def speed(args):
 
 def sampling(args):
     """Print samples/s of sample.py and of the authors' sample_ddp.py loop: equal weights, steps and
-    guidance, decoded and written; and how far equal noise takes them apart."""
+    guidance, decoded and written as PNG files; and how far equal noise takes them apart."""
     args.dev = data.begin(args, 1)
     import_theirs(args.official)
     from models import SiT_models
@@ -496,7 +496,7 @@ def sampling(args):
     torch.manual_seed(0)
     theirs = SiT_models[args.model](input_size=32, in_channels=12, learn_sigma=True).eval()
     for p in theirs.parameters():                        # zero at first, some of them
-        p.data += 0.02 * torch.randn_like(p)
+        p.data += 0.02 * p.requires_grad * torch.randn_like(p)
     nets = {"float32": model.load_published(theirs.state_dict()).to(args.dev)}
     theirs = theirs.to(args.dev)
     if args.compile or args.bf16:
@@ -526,11 +526,11 @@ def sampling(args):
 
     def ours(folder, name):
         size = 32 * codec.factor
-        store = sample.Store(folder, {}, {"images": (len(y), size, size, 3), "done": (len(y),)})
-        store.open()
+        store = sample.Store(folder, {"n": len(y)}, (size, size, 3))
+        store.open(with_z=False)
         sample.fill(store, range(args.batches), nets[name], y, meta, args.dev, quiet=True,
                     steps=args.steps, batch_size=n, w_cfg=args.w_cfg, bf16="bf16" in name)
-        store.finish(y.numpy(), with_z=False)
+        sample.write_pngs(store["images"], folder)
 
     runs = {"official": official} | {
         f"ours, {name}": functools.partial(ours, name=name) for name in nets}

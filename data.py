@@ -77,25 +77,67 @@ def pick_device(name=None):
     return device
 
 
-def place():
+def rank_and_count():
     """This process's rank, and how many there are: torchrun's word, or alone."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def begin(args, n_processes, on_gpus="gloo"):
+def begin(args, n_processes, gpu_backend="gloo", days=1 / 24):
     """The device of args, with the defaults of --bf16 and --compile for it; meet the other
-    processes, by the backend on_gpus if there are GPUs. UserError if it cannot be had."""
+    processes, by gpu_backend if there are GPUs. Some may wait `days` for others, as long as a
+    preview or a save takes. UserError if the device cannot be had."""
     device = pick_device(args.device)
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
     args.bf16 = on_gpu if args.bf16 is None else args.bf16
     args.compile = on_gpu if args.compile is None else args.compile
-    if n_processes > 1:                                    # long: a preview or a save takes minutes
-        nccl = on_gpu and on_gpus == "nccl"
-        dist.init_process_group("nccl" if nccl else "gloo", timeout=datetime.timedelta(hours=1),
+    if n_processes > 1:
+        nccl = on_gpu and gpu_backend == "nccl"
+        dist.init_process_group("nccl" if nccl else "gloo", timeout=datetime.timedelta(days),
                                 **({"device_id": device} if nccl else {}))
     return device
+
+
+def barrier():
+    if dist.is_initialized():
+        try:
+            dist.barrier()
+        except RuntimeError:                               # its own message says why
+            raise UserError("another process stopped") from None
+
+
+def share(value):
+    """The first process's value, for all."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    try:
+        dist.broadcast_object_list(box)
+    except RuntimeError:
+        raise UserError("another process stopped") from None
+    return box[0]
+
+
+def begins_anew(args):
+    """--restart, but not where torchrun starts a failed run again: that goes on."""
+    return args.restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
+
+def same_command(args):
+    return "the same command" + " without --restart" * args.restart
+
+
+@contextlib.contextmanager
+def clear_errors(args, kept, smaller):
+    """Too little memory or disk, in one line: kept says what is not lost, smaller what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{one_line(error)}; {smaller}") from None
+    except OSError as error:
+        raise UserError(f"{error}; {kept}: when that is mended (a full disk?), "
+                        f"{same_command(args)} goes on from there") from None
 
 
 def seeds(seed, purpose, index=0, n=1):
@@ -130,8 +172,10 @@ def contact_sheet(kinds, columns, tile, gap=2, names=()):
     for each kind, stand on the left."""
     n, step = len(kinds[0]), tile + gap
     columns = min(columns, n)
-    row, font = len(kinds) * step + 2 * gap, ImageFont.load_default(max(8, tile // 4))
-    left = gap + max([round(font.getlength(name)) + 4 * gap for name in names], default=0)
+    row, left = len(kinds) * step + 2 * gap, gap
+    if names:
+        font = ImageFont.load_default(max(8, tile // 4))
+        left += max(round(font.getlength(name)) + 4 * gap for name in names)
     canvas = Image.new("RGB", (left + columns * step, -(-n // columns) * row - gap), "white")
     for k, kind in enumerate(kinds):
         for i, picture in enumerate(kind):
@@ -454,7 +498,7 @@ class Source:
             raise UserError(f"--pca_scale {args.pca_scale} must be above 0")
         if args.seed < 0 or (args.workers or 0) < 0:
             raise UserError("--seed and --workers must be 0 or more")
-        self.rank, self.n_ranks = place()
+        self.rank, self.n_ranks = rank_and_count()
         self.files, self.y, self.classes = list_images(args.images)
         self.bf16 = self.device.type == "cuda" if args.bf16 is None else args.bf16
         self.workers = args.workers
@@ -562,14 +606,6 @@ def pca_names(n, first="pca.npz"):
     return [first] + [f"{stem}_{i}{extension}" for i in range(2, n + 1)]
 
 
-def barrier():
-    if dist.is_initialized():
-        try:
-            dist.barrier()
-        except RuntimeError:                               # its own message says why
-            raise UserError("another process stopped") from None
-
-
 def prepare(args):
     """Make the prepared folder args.out from args.images, or go on where a killed run with the same
     settings was. Any number of processes share the work; rows are written block by block, each then
@@ -640,10 +676,7 @@ def prepare_or_resume(args):
         write_rows(f"{out}/status.npy", 0, np.where(status == 2, 0, status).astype(np.uint8))
     barrier()
     names = pca_names(len(source.encoders))
-    to_fit = [not all(os.path.exists(f"{out}/{name}") for name in names)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(to_fit)                 # on a shared disk opinions may differ
-    if to_fit[0]:
+    if share(not all(os.path.exists(f"{out}/{name}") for name in names)):    # opinions may differ
         fitted = given or source.fit_pcas(out)
         for name, each in zip(names, fitted):              # none but on rank 0, if just fitted
             if source.rank == 0:

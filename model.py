@@ -7,9 +7,11 @@ Module names and shapes are those of the published DiT and SiT weights. ReDi: ar
 DiT: 2212.09748; SiT: 2401.08740. B batch, L tokens, C width, p patch, r channels of z.
 """
 import argparse
+import contextlib
 import math
 import os
 import pickle
+import re
 import zipfile
 
 import torch
@@ -384,28 +386,32 @@ WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 def from_hub(repository):
     """The path of the one file of weights in a repository of the Hugging Face hub, which is fetched
     once. ValueError if it cannot be had."""
-    import huggingface_hub                                 # slow to import: not before it is used
-    try:
-        folder = huggingface_hub.snapshot_download(repository, local_files_only=True)
-        names = [os.path.join(top, name) for top, _, names in os.walk(folder) for name in names]
-    except Exception:                                      # not there yet
-        folder, names = None, []
-    if not any(name.endswith(WEIGHT_FILES) for name in names):
-        folder = None
+    import huggingface_hub as hub                          # slow to import: not before it is used
+
+    def one(names):
+        names = [name for name in names if name.endswith(WEIGHT_FILES)]
+        if len(names) != 1:
+            raise ValueError(f"that hub repository holds {len(names)} files of weights "
+                             f"({', '.join(names[:5])}): fetch the right one, and give the path")
+        return names[0]
+
+    def ask(function, *args, **options):
         try:
-            info = huggingface_hub.HfApi().model_info(repository, timeout=20)
-            names = [file.rfilename for file in info.siblings]
+            return function(*args, **options)
         except Exception as error:                         # a dozen kinds, many lines
             raise ValueError(
-                f"there is no such file, and no hub repository of that name can be had "
+                "there is no such file here, and it cannot be had as a repository of the hub "
                 f"({(str(error) or type(error).__name__).splitlines()[0]}); without internet, "
-                "fetch its file of weights elsewhere and give the path to it") from None
-    names = [name for name in names if name.endswith(WEIGHT_FILES)]
-    if len(names) != 1:
-        raise ValueError(f"that hub repository holds {len(names)} files of weights "
-                         f"({', '.join(names[:5])}), and one is needed: fetch the right one, and "
-                         "give the path to it")
-    return names[0] if folder else huggingface_hub.hf_hub_download(repository, names[0])
+                "fetch its file of weights elsewhere, and give the path to that") from None
+
+    there = []                                             # what was fetched before
+    with contextlib.suppress(ValueError):
+        folder = ask(hub.snapshot_download, repository, local_files_only=True)
+        there = [os.path.join(top, name) for top, _, names in os.walk(folder) for name in names]
+    if any(name.endswith(WEIGHT_FILES) for name in there):
+        return one(there)
+    files = ask(hub.HfApi().model_info, repository, timeout=20).siblings
+    return ask(hub.hf_hub_download, repository, one([file.rfilename for file in files]))
 
 
 def read_weights(path):
@@ -425,8 +431,10 @@ def read_weights(path):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except (OSError, MemoryError):                         # no fault of the file's
         raise
-    except pickle.UnpicklingError:                         # its message advises to run the code
-        raise ValueError("no plain weights are in it") from None
+    except pickle.UnpicklingError as error:                # its message advises to run the code
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise ValueError("no plain weights are in it"
+                         + (f" but {refused[1]}" if refused else "")) from None
     except Exception as error:                             # damage raises anything
         raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from None
 

@@ -17,10 +17,12 @@ import math
 import os
 import re
 import sys
+import zipfile
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 import data
@@ -28,7 +30,6 @@ import model
 import pca
 
 PUBLISHED_STEPS = 250                     # network calls an image, in the papers' tables
-DTYPES = {"images": np.uint8, "z": np.float32, "done": np.uint8}        # of a Store's arrays
 
 
 def guided(net, y, w_cfg=1.0, w_r=1.0, cfg_on="x", rg_on="x", cfg_interval=(0.0, 1.0)):
@@ -43,39 +44,28 @@ def guided(net, y, w_cfg=1.0, w_r=1.0, cfg_on="x", rg_on="x", cfg_interval=(0.0,
     (noise) to 1 (data), w_cfg counts as 1. state: (x_t, z_t), or (x_t,) for fusion none; t: one
     number.
     """
-    cfg = [(w_cfg, cfg_on, False, torch.full_like(y, net.n_classes))] if w_cfg != 1 else []
-    rg = [(w_r, rg_on, True, y)] if w_r != 1 else []
-
-    def with_nulls(nulls):                            # (weight, acts on, z dropped?, label) each
-        n = 1 + len(nulls)
-        labels = torch.cat([y] + [label for *_, label in nulls])
-        dropped = torch.tensor([False] + [drop for _, _, drop, _ in nulls], device=y.device)
-        dropped = dropped.repeat_interleave(len(y))                       # (n B,), as are labels
-
-        def predict(state, t):
-            x_t, z_t = (part.repeat(n, 1, 1, 1) for part in state) if net.r else (
-                state[0].repeat(n, 1, 1, 1), None)
-            if net.r:
-                z_t = model.drop_z(z_t, dropped)
-            preds = net(x_t, z_t, torch.full((len(labels),), t, device=x_t.device), labels)
-            return [combine(pred.to(part.dtype), part.shape[1], name)
-                    for pred, part, name in zip(preds, state, "xz")]
-
-        def combine(pred, channels, name):
-            plain, *others = pred.chunk(n)
-            result = plain.clone()
-            for (w, acts_on, *_), other in zip(nulls, others):
-                if acts_on in (name, "both"):
-                    result[:, :channels] += (w - 1) * (plain - other)[:, :channels]
-            return result
-
-        return predict
-
-    inside, outside = with_nulls(cfg + rg), with_nulls(rg)
+    cfg = [(w_cfg, cfg_on, torch.full_like(y, net.n_classes), False)] if w_cfg != 1 else []
+    rg = [(w_r, rg_on, y, True)] if w_r != 1 else []                  # weight, on, label, z dropped
 
     def predict(state, t):
         lo, hi = cfg_interval
-        return (inside if lo <= net.process.data_time(t) <= hi else outside)(state, t)
+        nulls = (cfg if lo <= net.process.data_time(t) <= hi else []) + rg
+        n = 1 + len(nulls)
+        labels = torch.cat([y] + [label for _, _, label, _ in nulls])                      # (n B,)
+        x_t, z_t, *_ = [part.repeat(n, 1, 1, 1) for part in state] + [None]
+        if net.r:
+            z_t = model.drop_z(z_t, torch.cat([torch.full_like(y, drop, dtype=torch.bool)
+                                               for *_, drop in [(False,), *nulls]]))
+        preds = net(x_t, z_t, torch.full((len(labels),), t, device=x_t.device), labels)
+        return [combine(nulls, *pred.to(part.dtype).chunk(n), channels=part.shape[1], name=name)
+                for pred, part, name in zip(preds, state, "xz")]
+
+    def combine(nulls, plain, *others, channels, name):
+        result = plain.clone()
+        for (w, acts_on, *_), other in zip(nulls, others):
+            if acts_on in (name, "both"):
+                result[:, :channels] += (w - 1) * (plain - other)[:, :channels]
+        return result
 
     return predict
 
@@ -165,21 +155,30 @@ def check_solver(name, solver, steps, flag="--steps"):
     return solver
 
 
-def image_noise(net, seed, indices, device):
+def image_noise(net, seed, indices, device, threads=None):
     """Yields (eps_x, eps_z), or (eps_x,) without features, on the device: always new numbers, image
-    i's a function of (seed, i) alone, x's the same for every fusion. A thread is one ahead."""
+    i's a function of (seed, i) alone, x's the same for every fusion. Threads are one ahead, each
+    for some of the images: None is one, and four for a GPU, which would wait for one alone."""
     parts = [("noise of x", net.x_channels), ("noise of z", net.r)][:2 if net.r else 1]
-    generators = [[data.generator(seed, name, i) for i in indices] for name, _ in parts]
+    on_gpu = device.type == "cuda"
 
-    def draw(_):
-        noise = [torch.stack([torch.randn(channels, net.x_size, net.x_size, generator=generator)
-                              for generator in of_images])
-                 for (_, channels), of_images in zip(parts, generators)]
-        return [part.pin_memory() for part in noise] if device.type == "cuda" else noise
+    def draws(indices):
+        generators = [[data.generator(seed, name, i) for i in indices] for name, _ in parts]
 
-    with contextlib.closing(data.prefetch(draw, itertools.count(), ahead=1)) as draws:
-        for noise in draws:
-            yield [part.to(device, non_blocking=True) for part in noise]
+        def draw(_):
+            noise = [torch.stack([torch.randn(channels, net.x_size, net.x_size, generator=generator)
+                                  for generator in of_images])
+                     for (_, channels), of_images in zip(parts, generators)]
+            return [part.pin_memory() for part in noise] if on_gpu else noise
+
+        return data.prefetch(draw, itertools.count(), ahead=1)
+
+    groups = np.array_split(indices, min(len(indices), threads or (4 if on_gpu else 1)))
+    with contextlib.ExitStack() as stack:
+        groups = [stack.enter_context(contextlib.closing(draws(group))) for group in groups]
+        for noise in zip(*groups):
+            yield [torch.cat([part.to(device, non_blocking=True) for part in of_groups])
+                   for of_groups in zip(*noise)]
 
 
 def choose_labels(labels, n, n_classes, seed):
@@ -205,8 +204,8 @@ def choose_labels(labels, n, n_classes, seed):
 
 
 @torch.no_grad()
-def batches(net, y, numbers, steps, solver=None, seed=0, batch_size=64, device="cpu", bf16=False,
-            guide=guided, **guidance):
+def sample_batches(net, y, numbers, steps, solver=None, seed=0, batch_size=64, device="cpu",
+                   bf16=False, guide=guided, **guidance):
     """For each b of numbers: the rows of batch b of y (n,), b * batch_size and on, and its final
     state on the device, x (B, C, H, W) and z (B, r, H, W), or x alone. The last batch is padded, so
     that every network always sees the same shapes: it has fewer rows than B.
@@ -229,55 +228,42 @@ def batches(net, y, numbers, steps, solver=None, seed=0, batch_size=64, device="
 def generate(net, y, steps, solver=None, seed=0, batch_size=64, device="cpu", progress=False,
              **options):
     """A sample for each label of y (n,) -> x (n, C, H, W), z (n, r, H, W) or None, on the CPU.
-    The arguments are those of batches()."""
+    The arguments are those of sample_batches()."""
     numbers = tqdm(range(-(-len(y) // batch_size)), "sampling", unit="batch", disable=not progress)
-    states = [[part.cpu() for part in state] for _, state in batches(
+    states = [[part.cpu() for part in state] for _, state in sample_batches(
         net, y, numbers, steps, solver, seed, batch_size, device, **options)]
     x, *z = (torch.cat(parts)[:len(y)] for parts in zip(*states))
     return x, z[0] if z else None
 
 
-def maps(z, meta):
-    """Features z (n, r, H, W) -> pictures uint8 (n, H, W, 3), as bright as the data's; as their own
-    where the data's deviations are unknown, of published weights."""
-    z = np.asarray(z)
-    return pca.colours(z, meta["z_std"] or z.std((0, 2, 3)).tolist())
-
-
-def sheet(images, z, meta, columns=10, least=48):
-    """A PIL image of samples uint8 (n, H, W, 3) and their z (n, r, H, W) or None, of data that meta
-    describes: rows of `columns` images, each row above its features. Tiles are at least `least`
-    pixels wide."""
-    kinds = [images] + ([] if z is None else [maps(z, meta)])
-    return data.contact_sheet(kinds, columns, images.shape[1] * -(-least // images.shape[1]))
-
-
-def ladder(steps, meta, device="cpu", least=48):
-    """A PIL image of the same samples in several versions, one below the other. steps: (name,
-    latents x (n, C, H, W), z or None) each."""
-    kinds, names = [], []
-    for name, x, z in steps:
-        pictures = [data.decode(x, meta, device)] + ([] if z is None else [maps(z, meta)])
-        kinds += pictures
-        names += [name] + [""] * (len(pictures) - 1)
-    tile = kinds[0].shape[1]
-    return data.contact_sheet(kinds, len(kinds[0]), tile * -(-least // tile), names=names)
+def sheet(images, z, z_std, columns=10, names=(), least=48):
+    """A PIL image of samples uint8 (n, H, W, 3) above their features z (n, r, H, W) or None, which
+    z_std makes equally bright: rows of `columns` images. Tiles are at least `least` pixels wide.
+    images and z may be lists: several versions of the same samples, which stand one below the
+    other, with their names."""
+    if not isinstance(images, list):
+        images, z = [images], [z]
+    kinds, labels = [], []
+    for pictures, features, name in zip(images, z, names or [""] * len(images)):
+        pair = [pictures] + ([] if features is None else [pca.colours(np.asarray(features), z_std)])
+        kinds += pair
+        labels += [name, ""][:len(pair)]
+    size = kinds[0].shape[1]
+    return data.contact_sheet(kinds, columns, size * -(-least // size),
+                              names=labels if names else ())
 
 
 def compare(net, y, w_cfg=1.0, w_r=1.0, **options):
-    """Samples without guidance, with each kind and with both, from the same noise: ladder()'s."""
-    versions = {"no guidance": (1, 1), f"CFG {w_cfg:g}": (w_cfg, 1), f"RG {w_r:g}": (1, w_r),
-                "both": (w_cfg, w_r)}
-    if w_cfg == 1 or w_r == 1:
-        versions = {name: version for name, version in versions.items()
-                    if name == "no guidance" or version != (1, 1) and name != "both"}
-    return [(name, *generate(net, y, w_cfg=a, w_r=b, **options))
-            for name, (a, b) in versions.items()]
+    """[(name, x, z)]: samples without guidance, with each kind and with both, from equal noise."""
+    versions = [("no guidance", 1, 1)] + [(f"CFG {w_cfg:g}", w_cfg, 1)] * (w_cfg != 1)
+    versions += [(f"RG {w_r:g}", 1, w_r)] * (w_r != 1)
+    versions += [("both", w_cfg, w_r)] * (w_cfg != 1 and w_r != 1)
+    return [(name, *generate(net, y, w_cfg=a, w_r=b, **options)) for name, a, b in versions]
 
 
 def trajectory(net, y, n=8, **options):
-    """What the network takes for the clean x and z at n of its calls, from noise to data, and the
-    samples: ladder()'s. z's outlines settle before x's details do."""
+    """[(name, x, z)]: what the network takes for the clean x and z at n of its calls, from noise to
+    data, and the samples. z's outlines settle before x's details do."""
     noted = []
 
     def watched(net, y, **guidance):
@@ -385,7 +371,7 @@ def check_guidance(about, args):
 
 
 def warn(text):
-    if data.place()[0] == 0:                               # one process speaks for all
+    if data.rank_and_count()[0] == 0:                      # one process speaks for all
         print(f"warning: {text}", file=sys.stderr)
 
 
@@ -394,6 +380,9 @@ def codec_for(args, about, device):
     of --vae. UserError if it does not suit; a warning if it is not the one of the data."""
     arch, meta = about["arch"], about["meta"]
     of_data = meta["codec_weights"]
+    if args.vae and not meta["codec"]:
+        raise data.UserError(f"--vae {args.vae}: the samples of {args.ckpt} are pixels, which no "
+                             "codec decodes; leave it out")
     if args.vae:
         meta |= {"codec": args.vae, "codec_weights": None, "scale": None, "shift": None}
     codec = data.codec_of(meta, device)
@@ -411,85 +400,105 @@ def codec_for(args, about, device):
 
 
 class Store:
-    """The samples of one run in a folder, while they are made: images.npy, z.npy, done.npy (n,),
-    1 for images that are there, and progress.json, the settings. Any number of processes fill it,
-    whole batches each; finish() makes samples.npz of it.
+    """The samples of one run in the folder `out`: while they are made images.npy, z.npy of models
+    with features, done.npy (n,), 1 for what is there, and progress.json; then samples.npz and
+    samples.json. Any number of processes fill it, whole batches each.
 
-    settings: what decides the samples; shapes: of images, and of z if there are features, which
-    may have fewer rows. UserError from open() if the folder holds part of another run.
+    settings: what decides the samples; image: its shape, z: its shape or None; both of one image.
     """
-    def __init__(self, out, settings, shapes):
-        self.out, self.settings, self.shapes = out, settings, shapes
+    def __init__(self, out, settings, image, z=None):
+        self.out, self.settings, n = out, settings, settings["n"]
+        self.arrays = {"images": ((n, *image), np.uint8), "done": ((n,), np.uint8)}
+        self.arrays |= {"z": ((n, *z), np.float32)} if z else {}
 
-    def open(self, restart=False):
-        """Make or find the folder's files. False if all is finished already."""
-        progress = f"{self.out}/progress.json"
+    def open(self, with_z, restart=False):
+        """Make or find the files. The mask (n,) of the images that are there; None if samples.npz
+        is, with_z or not. UserError if they are part of another run's."""
+        progress, finished, npz = (f"{self.out}/{name}" for name in (
+            "progress.json", "samples.json", "samples.npz"))
         stored = {} if restart else read_settings(progress)
-        for key, value in stored.items():
-            if value != self.settings.get(key):
-                raise data.UserError(
-                    f"{self.out} holds part of a run with another --{key}: {value}, now "
-                    f"{self.settings.get(key)}; that one's command finishes it, this one needs "
-                    "another --out, or --restart")
+        if stored:
+            difference = self.difference(stored)
+            if difference:
+                raise data.UserError(f"{self.out} holds part of a run with another {difference}; "
+                                     "that one's command finishes it, this one needs another "
+                                     "--out, or --restart")
+            if not all(os.path.exists(self.path(name)) for name in self.arrays):
+                stored = {}                                # somebody removed some of it
+        elif os.path.exists(npz) and not restart:
+            difference = self.difference(read_settings(finished))
+            with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(npz) as file:
+                if not difference and (not with_z or "z.npy" in file.namelist()):
+                    self.clear()
+                    return None
+            print(f"{npz} will be replaced"
+                  + f": it has another {difference}" * bool(difference), flush=True)
         if not stored:
-            there = os.path.exists(f"{self.out}/samples.npz") and not restart
-            if there and read_settings(f"{self.out}/samples.json") == self.settings:
-                return False
             os.makedirs(self.out, exist_ok=True)
             self.clear()
-        for name, shape in self.shapes.items():
-            data.allocate(f"{self.out}/{name}.npy", shape, DTYPES[name])
+        for name, (shape, dtype) in self.arrays.items():
+            data.allocate(self.path(name), shape, dtype)
         if not stored:
-            data.write_json(progress, self.settings)
-        return True
+            data.write_json(progress, {"settings": self.settings})
+        return self["done"].astype(bool)
+
+    def difference(self, stored):
+        """The first setting that is not as stored, in words; none: ""."""
+        for key, value in self.settings.items():
+            if stored.get(key, "unknown") != value:
+                return f"--{key}: {stored.get(key, 'unknown')}, now {value}"
+        return ""
+
+    def path(self, name):
+        return f"{self.out}/{name}.npy"
 
     def __getitem__(self, name):
-        return np.load(f"{self.out}/{name}.npy", mmap_mode="r")
+        return np.load(self.path(name), mmap_mode="r")
 
-    def write(self, rows, arrays):
+    def write(self, rows, **arrays):
         """Images and z (>= len(rows), ...) of these rows; done when they are on the disk."""
         for name, array in arrays.items():
-            array = array[:len(rows)][:max(0, self.shapes[name][0] - rows.start)]
-            if len(array):
-                data.write_rows(f"{self.out}/{name}.npy", rows.start, array)
-        data.write_rows(f"{self.out}/done.npy", rows.start, np.ones(len(rows), np.uint8))
+            data.write_rows(self.path(name), rows.start, array[:len(rows)])
+        data.write_rows(self.path("done"), rows.start, np.ones(len(rows), np.uint8))
 
-    def finish(self, y, with_z):
+    def finish(self, y, with_z, made_with):
         """samples.npz, whole or not at all, written piece by piece; then samples.json."""
         arrays = {"arr_0": self["images"], "y": y} | ({"z": self["z"]} if with_z else {})
         pca.write_whole(f"{self.out}/samples.npz", lambda file: np.savez(file, **arrays))
-        data.write_json(f"{self.out}/samples.json", self.settings)
+        data.write_json(f"{self.out}/samples.json", {"settings": self.settings,
+                                                     "made_with": made_with})
         self.clear()
 
     def clear(self):
-        for name in ("progress.json", *(f"{name}.npy" for name in DTYPES)):
+        for path in (f"{self.out}/progress.json", *map(self.path, ("images", "done", "z"))):
             with contextlib.suppress(FileNotFoundError):
-                os.remove(f"{self.out}/{name}")
+                os.remove(path)
 
 
 def read_settings(path):
-    """A dictionary that was written by this script; {} if there is none."""
+    """The settings in a .json file of a Store; {} if there is none."""
     try:
         with open(path) as file:
-            return json.load(file)
+            return json.load(file)["settings"]
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise data.UserError(f"{path} is damaged ({error}); choose another --out, or --restart"
                              ) from None
 
 
-def write_pngs(images, folder, rank, n_ranks):
-    """000000.png and on; this process's share of them. Others of that kind are removed."""
-    os.makedirs(folder, exist_ok=True)
-    for name in os.listdir(folder):
-        if rank == 0 and re.fullmatch(r"\d{6,}\.png", name) and int(name[:-4]) >= len(images):
+def write_pngs(images, folder, rank=0, n_ranks=1):
+    """000000.png and on; this process's share of them. Rank 0 removes what others left there."""
+    for name in os.listdir(folder) if rank == 0 and os.path.isdir(folder) else ():
+        if re.fullmatch(r"\d{6,}\.png", name) and int(name[:-4]) >= len(images):
             os.remove(f"{folder}/{name}")
 
     def write(i):
         picture = data.Image.fromarray(images[i])
         pca.write_whole(f"{folder}/{i:06d}.png", lambda file: picture.save(file, "PNG"))
 
+    if len(images):
+        os.makedirs(folder, exist_ok=True)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for _ in pool.map(write, range(rank, len(images), n_ranks)):
             pass
@@ -512,47 +521,83 @@ def check(args):
         raise data.UserError("--compare shows what guidance does: give --w_cfg, --w_r or both")
 
 
-def keep(store, rows, state, meta, device):
-    """Decode a batch and write it."""
+def write_batch(store, rows, state, meta, device):
+    """Decode a batch and keep it."""
     x, *z = state
     if not x[:len(rows)].isfinite().all():
         raise data.UserError(f"the samples {rows.start} to {rows.stop - 1} hold NaN or infinity; "
-                             "lower --w_cfg and --w_r, or use an earlier checkpoint")
-    names = ["images", "z"][:1 + len(z)]
-    store.write(rows, dict(zip(names, [data.decode(x, meta, device),
-                                       *(part.float().cpu().numpy() for part in z)])))
+                             "lower --w_cfg and --w_r, try --no-bf16, or an earlier checkpoint")
+    z = {"z": z[0].float().cpu().numpy()} if "z" in store.arrays else {}
+    store.write(rows, images=data.decode(x, meta, device), **z)
 
 
-def fill(store, todo, net, y, meta, device, quiet, **how):
-    """Sample and keep these batches. Decoding and writing one overlaps with the next one."""
-    for name in store.shapes:
-        data.wait_for(f"{store.out}/{name}.npy")           # on a shared disk it may come later
+def fill(store, numbers, net, y, meta, device, quiet, **options):
+    """Sample these batches and keep them; options: sample_batches()'s. Decoding and writing a batch
+    overlaps with the next one."""
+    for name in store.arrays:
+        data.wait_for(store.path(name))                    # on a shared disk it may come later
     done = store["done"]
     with concurrent.futures.ThreadPoolExecutor(1) as writer, tqdm(
             total=len(y), initial=np.count_nonzero(done), unit="image", disable=quiet) as bar:
         writing = writer.submit(lambda: None)
-        for rows, state in batches(net, y, todo, device=device, **how):
+        for rows, state in sample_batches(net, y, numbers, device=device, **options):
             writing.result()
             bar.update(np.count_nonzero(done) - bar.n)
-            writing = writer.submit(keep, store, rows, state, meta, device)
+            writing = writer.submit(write_batch, store, rows, state, meta, device)
         writing.result()
         bar.update(np.count_nonzero(done) - bar.n)
 
 
-def show(net, y, meta, args, **how):
+def show(net, y, meta, args, options):
     """The pictures of --compare and --trajectory."""
-    os.makedirs(args.out, exist_ok=True)
     y = y[:min(args.n_sheet, 10)]
+    os.makedirs(args.out, exist_ok=True)
     for name, make in (("compare", compare), ("trajectory", trajectory)):
         if getattr(args, name):
-            picture = ladder(make(net, y, **how), meta, how["device"])
+            names, x, z = zip(*make(net, y, **options | {"batch_size": len(y)}))
+            images = [data.decode(part, meta, options["device"]) for part in x]
+            picture = sheet(images, z, z_std_of(meta, z[-1]), len(y), names)
             pca.write_whole(f"{args.out}/{name}.png", lambda file: picture.save(file, "PNG"))
             print(f"{args.out}/{name}.png")
 
 
+def z_std_of(meta, z):
+    """The deviations (r,) of the data's z; published weights do not tell them: the samples'."""
+    return None if z is None else meta["z_std"] or np.std(np.asarray(z), (0, 2, 3)).tolist()
+
+
+def make(store, net, y, meta, args, options):
+    """Fill the store, where it is not full yet, and make samples.npz and the pictures."""
+    rank, n_ranks = data.rank_and_count()
+    size, png = options["batch_size"], f"{args.out}/png"
+    done = data.share(store.open(args.save_z, data.begins_anew(args)) if rank == 0 else None)
+    if done is None:
+        if rank == 0:
+            if args.png:
+                write_pngs(np.load(f"{args.out}/samples.npz")["arr_0"], png)
+            print(f"{args.out}/samples.npz is there already, made with these settings; --restart "
+                  "makes it again")
+        return
+    missing = [b for b in range(-(-len(y) // size)) if not done[b * size:(b + 1) * size].all()]
+    fill(store, missing[rank::n_ranks], net, y, meta, quiet=rank > 0, **options)
+    data.barrier()
+    write_pngs(store["images"] if args.png else [], png, rank, n_ranks)
+    data.barrier()
+    if rank == 0:
+        images = store["images"][:args.n_sheet]
+        z = store["z"][:args.n_sheet] if net.r else None
+        picture = sheet(images, z, z_std_of(meta, z))
+        pca.write_whole(f"{args.out}/sheet.png", lambda file: picture.save(file, "PNG"))
+        store.finish(y.numpy(), args.save_z, {
+            "batch_size": size, "processes": n_ranks, "device": str(options["device"]),
+            "compile": args.compile, "torch": torch.__version__})
+        print(f"{len(y)} images of {args.ckpt} ({store.settings['ckpt']}): {args.out}/sheet.png "
+              f"and {args.out}/samples.npz{' and png/' * args.png}")
+
+
 def main(args):
     check(args)
-    rank, n_ranks = data.place()
+    rank, n_ranks = data.rank_and_count()
     net, about = load_model(args.ckpt, args.model)
     arch, meta = about["arch"], about["meta"]
     steps = about["settings"]["sample_steps"] if args.steps is None else args.steps
@@ -561,74 +606,28 @@ def main(args):
     if args.save_z and not net.r:
         raise data.UserError(f"--save_z: {args.ckpt} makes no features, it is of --fusion none")
     y = choose_labels(args.labels, args.n, arch["n_classes"], args.seed)
-    device = data.begin(args, n_ranks)
+    device = data.begin(args, n_ranks, days=7)             # until the slowest has made its share
     codec, size = codec_for(args, about, device)
-    ckpt = f"{arch['name']} {data.weights_hash(net)[:16]}"
+    options = {"steps": steps, "solver": solver} | {name: getattr(args, name) for name in (
+        "seed", "bf16", "w_cfg", "w_r", "cfg_on", "rg_on", "cfg_interval")}
+    settings = options | {
+        "ckpt": f"{arch['name']} {data.weights_hash(net)[:16]}", "n": args.n, "labels": args.labels,
+        "vae": codec and f"{codec.kind} {codec.weights[:16]}"}
+    options |= {"device": device, "batch_size": args.batch_size or min(args.n, 64)}
     net = net.to(device)
     if args.compile:
         for block in net.blocks:                                 # one block's code serves all
             block.compile(dynamic=False)
-    guidance = {name: getattr(args, name)
-                for name in ("w_cfg", "w_r", "cfg_on", "rg_on", "cfg_interval")}
-    how = guidance | {"steps": steps, "solver": solver, "seed": args.seed, "bf16": args.bf16,
-                      "device": device, "batch_size": args.batch_size or min(args.n, 64)}
-    with clear_errors(args):
-        if args.compare or args.trajectory:
-            if rank == 0:
-                show(net, y, meta, args, **how)
-        else:
-            settings = guidance | {
-                "ckpt": ckpt, "step": about["step"], "n": args.n, "labels": args.labels,
-                "solver": solver, "steps": steps, "seed": args.seed, "bf16": args.bf16,
-                "vae": codec and f"{codec.kind} {codec.weights[:16]}", "save_z": args.save_z,
-                "n_sheet": args.n_sheet, "png": args.png}
-            n_z = args.n if args.save_z else min(args.n, args.n_sheet)      # the sheet shows them
-            store = Store(args.out, settings, {"images": (args.n, size, size, 3), "done": (args.n,)}
-                          | ({"z": (n_z, net.r, net.x_size, net.x_size)} if net.r else {}))
-            make(store, net, y, meta, rank, n_ranks, args, **how)
+    if args.compare or args.trajectory:
+        if rank == 0:
+            show(net, y, meta, args, options)
+    else:
+        with data.clear_errors(args, f"the images that are made are in {args.out}",
+                               "a smaller --batch_size helps"):
+            z = (net.r, net.x_size, net.x_size) if net.r else None
+            make(Store(args.out, settings, (size, size, 3), z), net, y, meta, args, options)
     if n_ranks > 1:
         dist.destroy_process_group()
-
-
-def make(store, net, y, meta, rank, n_ranks, args, **how):
-    """Fill the store, where it is not full yet, and make its pictures and samples.npz."""
-    todo = [None]
-    if rank == 0 and store.open(args.restart):
-        done, size = store["done"], how["batch_size"]
-        todo = [[b for b in range(-(-len(y) // size)) if not done[b * size:(b + 1) * size].all()]]
-    if n_ranks > 1:
-        dist.broadcast_object_list(todo)
-    if todo[0] is None:
-        if rank == 0:
-            print(f"{args.out}/samples.npz is there already, made with these settings; --restart "
-                  "makes it again")
-        return
-    fill(store, todo[0][rank::n_ranks], net, y, meta, quiet=rank > 0, **how)
-    data.barrier()
-    if args.png:
-        write_pngs(store["images"], f"{args.out}/png", rank, n_ranks)
-        data.barrier()
-    if rank == 0:
-        shown = slice(args.n_sheet)
-        picture = sheet(store["images"][shown], store["z"][shown] if net.r else None, meta)
-        pca.write_whole(f"{args.out}/sheet.png", lambda file: picture.save(file, "PNG"))
-        store.finish(y.numpy(), args.save_z)
-        step = store.settings["step"]
-        print(f"{len(y)} images of {args.ckpt} ({net.arch['name']}"
-              f"{f', step {step}' * (step is not None)}): {args.out}/sheet.png and "
-              f"{args.out}/samples.npz{' and png/' * args.png}")
-
-
-@contextlib.contextmanager
-def clear_errors(args):
-    """Too little memory or disk, in one line."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise data.UserError(f"{data.one_line(error)}; a smaller --batch_size helps") from None
-    except OSError as error:
-        raise data.UserError(f"{args.out}: {error}; the images that are made are kept, and when "
-                             "that is mended the same command goes on where it was") from None
 
 
 def interval(text):
@@ -691,4 +690,4 @@ def parser():
 
 
 if __name__ == "__main__":
-    data.run_cli(main, parser().parse_args())
+    data.run_cli(record(main), parser().parse_args())

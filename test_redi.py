@@ -1709,7 +1709,7 @@ def test_a_pickle_that_runs_code_is_no_weights(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    with pytest.raises(data.UserError, match="no plain weights are in it"):
+    with pytest.raises(data.UserError, match="no plain weights are in it but posix.mkdir"):
         sample.load_model(start_weights(tmp_path, {"ema": Evil()}), "SiT-T/2")
     assert not (tmp_path / "ran").exists()
 
@@ -1959,7 +1959,11 @@ def test_image_i_does_not_depend_on_the_batch_size_or_on_n(name):
     for n, batch_size in ((7, 3), (5, 4)):
         for part, expected in zip(grey_levels(n, batch_size), whole):
             assert (part - expected[:n]).abs().max() <= 1
-    noise, = next(sample.image_noise(tiny(fusion="none"), 0, range(7), torch.device("cpu")))
+    draws = sample.image_noise(tiny(fusion="none"), 0, range(7), torch.device("cpu"))
+    by_three = sample.image_noise(tiny(), 0, range(7), torch.device("cpu"), threads=3)
+    for _ in range(3):
+        noise, = next(draws)
+        assert torch.equal(noise, next(by_three)[0])
     assert torch.cdist(noise.flatten(1), noise.flatten(1)).fill_diagonal_(9).min() > 5
 
 
@@ -2007,15 +2011,14 @@ def test_labels_are_random_balanced_or_listed():
 def test_the_sheet_has_each_image_above_its_features():
     x, z = torch.full((3, 1, 8, 8), 1.0), torch.zeros(3, 4, 8, 8)
     z[1, 0] = 4                                                         # two deviations: full red
-    meta = {"codec": None, "image_size": 8, "z_std": [2.0, 1.0, 1.0, 1.0]}
-    images = data.to_images(x)
-    picture = np.asarray(sample.sheet(images, z, meta, columns=2))
+    images, z_std = data.to_images(x), [2.0, 1.0, 1.0, 1.0]
+    picture = np.asarray(sample.sheet(images, z, z_std, columns=2))
     assert picture.shape == (2 * (2 * 50 + 4) - 2, 2 * 50 + 2, 3)
     assert (picture[10, 10] == 255).all() and (picture[60, 10] == 128).all()
     assert picture[60, 60].tolist() == [255, 128, 128]
-    assert np.asarray(sample.sheet(images, None, meta, columns=3)).shape == (52, 152, 3)
+    assert np.asarray(sample.sheet(images, None, None, columns=3)).shape == (52, 152, 3)
     for r in (1, 2):
-        assert pca.colours(z[:, :r], meta["z_std"][:r]).shape == (3, 8, 8, 3)
+        assert pca.colours(z[:, :r], z_std[:r]).shape == (3, 8, 8, 3)
 
 
 def test_the_versions_of_compare_start_from_the_same_noise():
@@ -2027,11 +2030,26 @@ def test_the_versions_of_compare_start_from_the_same_noise():
             assert torch.equal(a, b)
     assert [name for name, *_ in sample.compare(net, y, w_r=1.5, **how)] == ["no guidance",
                                                                             "RG 1.5"]
-    meta = {"codec": None, "z_std": None}                               # as for published weights
-    picture = np.asarray(sample.ladder([(name, x[:, :1], z) for name, x, z in versions], meta))
-    assert picture.shape[0] == 8 * 50 + 2 and picture.shape[1] > 3 * 50 + 40
-    text = picture[:52, :-3 * 50 - 2].min((1, 2)) < 128                 # beside the first version
-    assert text.any() and not picture[52:100, :-3 * 50 - 2].min() < 255
+    assert sample.z_std_of({"z_std": None}, z) == pytest.approx(z.numpy().std((0, 2, 3)))
+    assert sample.z_std_of({"z_std": [1, 2]}, z) == [1, 2] and not sample.z_std_of({}, None)
+
+
+def test_the_pictures_of_the_command_line_name_their_rows(workdir, tmp_path, monkeypatch):
+    monkeypatch.chdir(workdir)
+    main(sample, f"--n 3 --w_cfg 2 --w_r 1.5 --steps 4 --compare --trajectory --out {tmp_path}")
+    assert sorted(os.listdir(tmp_path)) == ["compare.png", "trajectory.png"]
+    for name, versions in (("compare", 4), ("trajectory", 9)):
+        picture = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
+        assert picture.shape[0] == 2 * versions * 50 + 2 and picture.shape[1] > 3 * 50 + 20
+        left = picture[:, :-3 * 50 - 2]
+        for i in range(versions):                                       # beside images alone
+            assert left[100 * i + 2:100 * i + 50].min() < 128
+            assert left[100 * i + 54:100 * i + 98].min() == 255
+    bottom = np.asarray(Image.open(tmp_path / "compare.png"))[302:402, -150:]
+    x, z = sample.generate(sample.load_model("out/ckpt.pt")[0],
+                           sample.choose_labels("random", 3, 10, 0), 4, w_cfg=2, w_r=1.5)
+    alone = sample.sheet(data.to_images(x), z, data.Prepared("prepared/digits", 4).meta["z_std"])
+    assert np.abs(bottom - np.asarray(alone).astype(int)[2:, -150:]).max() <= 1
 
 
 @pytest.mark.parametrize("name, solver", [("SiT-T/2", "euler"), ("DiT-T/2", "ddim")])
@@ -2081,9 +2099,9 @@ def stop_after(monkeypatch, n):
     monkeypatch.setattr(data, "write_rows", write_or_stop)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bytes(many, monkeypatch):
+def test_an_interrupted_run_goes_on_to_the_same_bytes(many, monkeypatch, capsys):
     make, whole, folder = many
-    batches, rows = sample.batches, []
+    batches, rows = sample.sample_batches, []
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
@@ -2094,14 +2112,18 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(many, monkeypatch):
                          ("--steps 4", "--steps: 3, now 4")):
         with pytest.raises(data.UserError, match=words):
             make("out", flags)
-    monkeypatch.setattr(sample, "batches", lambda net, y, todo, **how: rows.extend(todo) or batches(
-        net, y, todo, **how))
+    monkeypatch.setattr(sample, "sample_batches", lambda net, y, numbers, **options: (
+        rows.extend(numbers) or batches(net, y, numbers, **options)))
     assert make("out") == whole and rows == [2, 3, 4, 5]                # of six; no other twice
     assert sorted(os.listdir(folder / "out")) == ["samples.json", "samples.npz", "sheet.png"]
     rows.clear()
     assert make("out") == whole and rows == []                          # nothing to do any more
     assert make("out", "--restart") == whole and len(rows) == 6
+    capsys.readouterr()
     assert make("out", "--w_r 1.5")[0] != whole[0]                      # a finished one is replaced
+    assert "will be replaced: it has another --w_r: 1.0, now 1.5" in capsys.readouterr().out
+    made_with = json.loads((folder / "out/samples.json").read_text())["made_with"]
+    assert made_with["batch_size"] == 4 and made_with["torch"] == torch.__version__
 
 
 def test_a_run_goes_on_with_another_batch_size_and_restarts_if_told(many, monkeypatch):
@@ -2131,11 +2153,76 @@ def test_any_number_of_processes_make_the_same_images(many):
     assert len(os.listdir(folder / "three/png")) == 22
     main(sample, f"--n 3 --steps 3 --out {folder / 'three'} --png")     # fewer: the rest goes
     assert len(os.listdir(folder / "three/png")) == 3
+    main(sample, f"--n 3 --steps 3 --seed 1 --out {folder / 'three'}")  # other images: all go
+    assert not os.listdir(folder / "three/png")
+    main(sample, f"--n 3 --steps 3 --seed 1 --out {folder / 'three'} --png")    # of samples.npz
+    image = np.load(folder / "three/samples.npz")["arr_0"][2]
+    assert (np.asarray(Image.open(folder / "three/png/000002.png")) == image).all()
 
 
-def test_z_is_kept_whole_if_asked_and_for_the_sheet_alone_if_not(many):
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_killed_sampling_goes_on_with_any_number_of_processes(many, n_ranks):
     make, whole, folder = many
-    make("out", "--save_z --n_sheet 5")
+    flags = f"--n 22 --steps 3 --batch_size 4 --out {folder / 'out'}"
+
+    def until_killed():
+        write_rows, left = data.write_rows, [5 if n_ranks == 1 else 4]
+
+        def write_or_die(*args):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)                    # images are there, no mark
+            write_rows(*args)
+
+        data.write_rows = write_or_die
+        main(sample, flags)
+
+    assert -signal.SIGKILL in in_ranks(until_killed, n_ranks)
+    done = np.load(folder / "out/done.npy")
+    assert done.any() and not done.all()
+    assert in_ranks(lambda: main(sample, flags), 3 - n_ranks) == [0] * (3 - n_ranks)
+    assert made(folder / "out") == whole
+
+
+def test_all_processes_end_when_one_refuses(many, monkeypatch):
+    make, _, folder = many
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            make("out")
+    said = folder / "said"
+
+    def work():
+        with pytest.raises(data.UserError) as error:
+            main(sample, f"--n 22 --steps 3 --w_r 2 --out {folder / 'out'}")
+        (folder / f"said_{os.environ['RANK']}").write_text(str(error.value))
+
+    assert in_ranks(work, 2) == [0, 0]
+    assert "another --w_r" in (folder / "said_0").read_text()
+    assert (folder / "said_1").read_text() == "another process stopped"
+
+
+def test_what_is_lost_or_left_over_is_noticed(many, monkeypatch):
+    make, whole, folder = many
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            make("out")
+    (folder / "out/images.npy").unlink()                                # not black images instead
+    assert make("out") == whole
+    (folder / "out/images.npy").write_bytes(b"killed while clearing up")
+    assert make("out") == whole and not (folder / "out/images.npy").exists()
+    (folder / "out/samples.npz").write_bytes(b"damaged")
+    assert make("out") == whole
+    (folder / "out/samples.json").write_text("{}")
+    with pytest.raises(data.UserError, match="samples.json is damaged.*--restart"):
+        make("out")
+
+
+def test_z_is_kept_if_asked(many):
+    make, whole, folder = many
+    make("out", "--n_sheet 5")
+    make("out", "--save_z --n_sheet 5")                                 # not there without z
     with np.load(folder / "out/samples.npz") as file, np.load(folder / "whole/samples.npz") as all:
         net, about = sample.load_model("out/ckpt.pt")
         x, z = sample.generate(net, torch.from_numpy(file["y"]), 3, batch_size=4)
@@ -2164,7 +2251,7 @@ def test_a_disk_that_fills_up_loses_no_image(many, monkeypatch):
         patch.setattr(pca, "write_whole", full)
         patch.setattr(data, "write_json", lambda path, value: pathlib.Path(path).write_text(
             json.dumps(value)))
-        with pytest.raises(data.UserError, match="No space left.*same command goes on"):
+        with pytest.raises(data.UserError, match="No space left.*images.*in .*out.*same command"):
             make("out")
     assert np.load(folder / "out/done.npy").all()
     assert make("out") == whole
@@ -2185,9 +2272,9 @@ def test_published_weights_are_sampled_with_their_codec(photos, tmp_path, monkey
     assert "warning" not in capsys.readouterr().err.replace("warning: --w_r 1.5 needs", "")
     assert made(tmp_path / "a") == made(tmp_path / "b")
     assert np.load("a/samples.npz")["arr_0"].shape == (3, 32, 32, 3)    # the codec's factor is 4
-    assert json.loads(pathlib.Path("a/samples.json").read_text())["solver"] == "sde"
+    assert sample.read_settings("a/samples.json")["solver"] == "sde"
     main(sample, f"--ckpt plain.pt --out c --model DiT-T/2 {few}")
-    assert json.loads(pathlib.Path("c/samples.json").read_text())["solver"] == "ddpm"
+    assert sample.read_settings("c/samples.json")["solver"] == "ddpm"
     assert "warning" not in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     for flags, words in (("plain.pt", "say which they are"), ("empty", "no checkpoint at empty"),
@@ -2212,7 +2299,7 @@ def test_published_weights_are_sampled_with_their_codec(photos, tmp_path, monkey
     assert made(tmp_path / "e") == made(tmp_path / "a")
     shutil.copy("redi.pt", cache / "snapshots/abc/net_2.pt")
     for name, words in (("someone/net", "2 files of weights"),
-                        ("zelaki/SiT-ReDi-XL-2", "no such file, and no hub.*give the path")):
+                        ("zelaki/SiT-ReDi-XL-2", "no such file here.*of the hub.*give the path")):
         with pytest.raises(data.UserError, match=words) as error:
             main(sample, f"--ckpt {name} --out f")
         assert "\n" not in str(error.value)
@@ -2227,6 +2314,12 @@ def test_the_hub_is_asked_for_the_one_file_of_weights(monkeypatch, tmp_path):
                         types.SimpleNamespace(siblings=names))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args: args)
     assert model.from_hub("zelaki/SiT-ReDi-XL-2") == ("zelaki/SiT-ReDi-XL-2", "sub/net.pt")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args: 1 / 0)
+    with pytest.raises(ValueError, match="division by zero.*give the path"):
+        model.from_hub("zelaki/SiT-ReDi-XL-2")
+    names.pop()
+    with pytest.raises(ValueError, match="0 files of weights"):
+        model.from_hub("zelaki/SiT-ReDi-XL-2")
 
 
 def test_solvers_that_do_not_suit_are_refused():
@@ -2418,7 +2511,8 @@ def test_a_mistake_is_one_line_on_stderr_and_overwrites_nothing(broken, command,
     (sample, "--labels 3,10", "classes 0 to 9"), (sample, "--n 0", "--n 0"),
     (sample, "--solver ddpm", "sde or euler"), (sample, "--steps 1", "--steps 1"),
     (sample, "--w_cfg nan", "--w_cfg nan"), (sample, "--cfg_interval 0.9,0.1", "--cfg_interval"),
-    (sample, "--compare", "--compare shows"), (sample, "--device nonsense", "--device nonsense"),
+    (sample, "--compare", "--compare shows"), (sample, "--vae there", "pixels, which no codec"),
+    (sample, "--device nonsense", "--device nonsense"),
     (sample, "--ckpt prepared/digits/x.npy", "neither a checkpoint of train.py nor"),
     (train, "--steps 7", "done"), (fid, "prepared/digits/x.npy digits", "no images|holds no"),
     (train, "--out truncated", "damaged"), (train, "--model SiT-XL2 --out new", "SiT-XL/2"),

@@ -10,6 +10,7 @@ SIGTERM and Ctrl-C save first.
 import argparse
 import contextlib
 import copy
+import functools
 import glob
 import json
 import math
@@ -348,7 +349,7 @@ def preview(ema, settings, meta, device, bf16, path, rows=4):
     """Save a sheet of samples from the EMA; up to ten classes, one a column."""
     columns = min(ema.n_classes, 10) or 10
     x, z, _ = generate(ema, columns * rows, settings, columns * rows // 2, device, bf16)
-    picture = sample.sheet(data.decode(x, meta, device), z, meta, columns)
+    picture = sample.sheet(data.decode(x, meta, device), z, meta["z_std"], columns)
     write_whole(path, lambda file: picture.save(file, "PNG"))
 
 
@@ -609,30 +610,11 @@ def train(trainer, out, rank, n_processes):
     return (told or [signal.SIGTERM])[0] if step < steps else None
 
 
-def same_command(args):
-    return "the same command" + " without --restart" * args.restart
-
-
-@contextlib.contextmanager
-def clear_errors(args):
-    """Too little memory or disk, in one line."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise data.UserError(f"{data.one_line(error)}; a smaller --micro_batch_size helps, and "
-                             "--grad_checkpointing") from None
-    except OSError as error:
-        raise data.UserError(f"{error}; the checkpoints in {args.out} are whole: when that is "
-                             f"mended (a full disk?), {same_command(args)} goes on from there"
-                             ) from None
-
-
 def main(args):
     given = {name: value for name, value in vars(args).items()
              if value is not None and name not in OF_THE_MACHINE}
-    rank, n_processes = data.place()
-    # torchrun's own restarts, of a run that failed, go on
-    restart = args.restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    rank, n_processes = data.rank_and_count()
+    restart = data.begins_anew(args)
     path, checkpoint, trouble = (None, None, None) if restart else newest_checkpoint(args.out)
     settings, sheet = resolve(given, checkpoint), f"{args.out}/sheet.png"
     check(settings, n_processes, args.micro_batch_size, args.workers)
@@ -654,7 +636,10 @@ def main(args):
                     os.replace(old, f"{old}.old")
     if n_processes > 1:
         dist.barrier()
-    with clear_errors(args):
+    clear_errors = functools.partial(data.clear_errors, args,
+                                     f"the checkpoints in {args.out} are whole",
+                                     "a smaller --micro_batch_size helps, and --grad_checkpointing")
+    with clear_errors():
         trainer = Trainer(settings, args, device, checkpoint, rank, n_processes)
     del checkpoint
     if n_processes > 1:
@@ -673,7 +658,7 @@ def main(args):
               f"settings: {json.dumps(settings)}, with "
               f"{json.dumps({name: getattr(args, name) for name in OF_THE_MACHINE})}", flush=True)
         truncate_log(f"{args.out}/log.jsonl", trainer.step)
-    with clear_errors(args):
+    with clear_errors():
         ended_by = train(trainer, args.out, rank, n_processes)
     if n_processes > 1:
         dist.barrier()                                     # until rank 0 has saved
@@ -681,7 +666,7 @@ def main(args):
     if ended_by:
         if rank == 0:
             print(f"{signal.Signals(ended_by).name}: saved {args.out}/ckpt.pt at step "
-                  f"{trainer.step}; {same_command(args)} goes on from there", file=sys.stderr)
+                  f"{trainer.step}; {data.same_command(args)} goes on from there", file=sys.stderr)
         sys.exit(128 + ended_by)                           # as shells report a signal
     if rank == 0:
         finish(trainer.ema, settings, trainer.meta, args.out, device, args.bf16)
