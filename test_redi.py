@@ -255,6 +255,44 @@ def record_peers(redi_folder, dit_folder):
         print(f"    {(family, fusion)}: {[round(value, 4) for value in values]},")
 
 
+# the same of 8 steps of the authors' SDE sampler: x and z from sde_noise(), SiT with features
+SDE_PEERS = {
+    "w_cfg": [-3.3404, 9.8652, 0.2055, 6.4317, -3.296, -3.4396, -7.5711, 8.0689, 6.3333, 7.7033],
+    "w_cfg both": [-3.4856, 10.3463, 0.2066, 6.8752, -2.9159, -3.2351, -8.7725, 8.5578, 6.603,
+                   9.0966],
+    "w_r both": [-4.2048, 9.1862, -1.3741, 5.1272, -5.256, -2.7983, -7.9823, 8.8805, 6.7101,
+                 8.3147],
+}
+
+
+def sde_noise(n=8):
+    return [normal(2, 7, 8, 8, seed=100 + i) for i in range(n)]
+
+
+def record_sde_peers(redi_folder):
+    """Print SDE_PEERS from zelaki/ReDi 58c65a8: the sampler of its sample_ddp.py, 7 steps to 0.96
+    and one of 0.04, with CFG of x alone, CFG of all and representation guidance."""
+    bench.import_theirs(redi_folder)
+    from models import SiT
+    from transport import Sampler, create_transport
+    net = SiT(in_channels=7, learn_sigma=True, **PEER_CASES).eval()
+    net.load_state_dict(published("SiT", 3, learn_sigma=True))
+    solve = Sampler(create_transport()).sample_sde(diffusion_form="sigma", num_steps=8)
+    y, null = torch.tensor([3, 9]), torch.tensor([10, 10])
+    for name, function, labels, scale in (
+            ("w_cfg", net.forward_with_cfg_vae, null, {"cfg_scale": 2.4}),
+            ("w_cfg both", net.forward_with_cfg, null, {"cfg_scale": 2.4}),
+            ("w_r both", net.forward_with_rg, y, {"rg_scale": 1.5})):
+        first, *noise = [part.repeat(2, 1, 1, 1) for part in sde_noise()]
+        played, torch_randn = iter(noise), torch.randn
+        torch.randn = lambda *shape, **options: next(played)
+        with torch.no_grad():
+            state = solve(first, function, y=torch.cat([y, labels]), **scale)[-1][:2]
+        torch.randn = torch_randn
+        values = thinned(state[:, :4], state[:, 4:])
+        print(f'    "{name}": {[round(value, 4) for value in values]},')
+
+
 def published(family, r, learn_sigma=False, n_classes=10):
     """A state dict as the authors publish them, size T/2, for 8 x 8 latents."""
     outputs, channels = 2 if learn_sigma or family == "DiT" else 1, 4 + r
@@ -1947,6 +1985,19 @@ def test_ddpm_equals_diffusers_from_the_same_noise(steps, monkeypatch):
     assert ours.abs().max() > 1 and (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
+@pytest.mark.parametrize("peer", SDE_PEERS)
+def test_the_sde_with_guidance_equals_the_authors(peer):
+    """Their forward_with_cfg_vae, forward_with_cfg and forward_with_rg under their sampler."""
+    net = model.load_published(published("SiT", 3, learn_sigma=True)).requires_grad_(False)
+    weight, _, both = peer.partition(" ")
+    guidance = {weight: 2.4 if weight == "w_cfg" else 1.5,
+                "cfg_on": both or "x", "rg_on": both or "x"}
+    played = (list(noise.split([4, 3], 1)) for noise in sde_noise())
+    state = sample.euler_maruyama(sample.guided(net, torch.tensor([3, 9]), **guidance),
+                                  net.process, next(played), 8, played.__next__)
+    assert thinned(*state) == pytest.approx(SDE_PEERS[peer], rel=1e-4, abs=1e-4)
+
+
 @pytest.mark.parametrize("name", ["SiT-T/2", "DiT-T/2"])
 def test_image_i_does_not_depend_on_the_batch_size_or_on_n(name):
     net, y = tiny(name), torch.arange(7)
@@ -2636,3 +2687,4 @@ def test_the_main_job_makes_digits_that_read_as_asked(tmp_path):
 
 if __name__ == "__main__":
     record_peers(*sys.argv[1:])
+    record_sde_peers(sys.argv[1])
