@@ -774,6 +774,7 @@ def write_rows(path, start, rows):
     """Write rows of a .npy file in their place, and wait until they are on the disk."""
     array = np.load(path, mmap_mode="r")
     assert rows.dtype == array.dtype and rows.shape[1:] == array.shape[1:], (rows.shape, array)
+    assert start + len(rows) <= len(array), (start, len(rows), len(array))
     # O_DSYNC, not fsync: it keeps NFS from writing whole pages, with another machine's rows
     with open(path, "r+b", opener=lambda path, flags: os.open(path, flags | os.O_DSYNC)) as file:
         file.seek(array.offset + start * array[0].nbytes)

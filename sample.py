@@ -2,7 +2,7 @@
 
     python sample.py --w_r 1.5                     # from out/ckpt.pt, which train.py wrote
     python sample.py --ckpt zelaki/SiT-ReDi-XL-2 --w_cfg 2.4           # the authors' own weights
-    torchrun --nproc_per_node=8 sample.py --n 50000 --out samples/fid  # as papers' tables need
+    torchrun --nproc_per_node=8 -- sample.py --n 50000     # as papers' tables need (--: see --n)
 
 Writes DIR/samples.npz: arr_0 uint8 (N, H, W, 3) as in ADM's files, y (N,) and with --save_z z
 (N, r, h, w); sheet.png, images above their generated feature maps; and samples.json, how they were
@@ -584,6 +584,10 @@ def make(store, net, y, meta, args, options):
     write_pngs(store["images"] if args.png else [], png, rank, n_ranks)
     data.barrier()
     if rank == 0:
+        lacking = np.count_nonzero(store["done"] == 0)
+        if lacking:                                        # a process was lost without a word
+            raise data.UserError(f"{lacking} of {len(y)} images in {args.out} are not there; "
+                                 f"{data.same_command(args)} makes them")
         images = store["images"][:args.n_sheet]
         z = store["z"][:args.n_sheet] if net.r else None
         picture = sheet(images, z, z_std_of(meta, z))
@@ -658,7 +662,8 @@ def parser():
                         "and SiT, which look alike (default: as the weights say)")
     flag("out", "samples", "output folder", metavar="DIR")
     switch("restart", False, "begin anew in --out, whatever it holds")
-    flag("n", 60, "number of images")
+    flag("n", 60, "number of images; under Python 3.11 torchrun takes --n for a flag of its own, "
+                  "unless -- stands before sample.py")
     flag("n_sheet", 60, "how many of them the sheet shows at most")
     switch("save_z", False, "the generated features too, in samples.npz")
     switch("png", False, "the images as files too, png/000000.png and on")

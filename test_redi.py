@@ -997,8 +997,9 @@ def test_another_codec_is_warned_of_and_one_of_other_shapes_refused(photos, prep
             "small", {key: value[:2] for key, value in options.items() if type(value) is list})):
         diffusers.AutoencoderKL(**options | change).save_pretrained(tmp_path / name)
     flags = f"--ckpt {tmp_path / 'ckpt.pt'} --n 2 --out {tmp_path / 'out'}"
-    main(sample, flags)
-    assert "warning" not in capsys.readouterr().err
+    for again in ("", f"--restart --vae {photos / 'vae'}"):              # the same, said or not
+        main(sample, f"{flags} {again}")
+        assert "warning" not in capsys.readouterr().err
     main(sample, f"{flags} --vae {tmp_path / 'same'}")
     assert "same is not the codec that made the data" in capsys.readouterr().err
     for name, words in (("wide", "32 pixels from 5 channels"), ("small", "16 pixels from 4")):
@@ -2045,6 +2046,8 @@ def test_bf16_is_the_networks_alone():
         x, z = sample.generate(net, y, 5, bf16=bf16)
         assert x.dtype == z.dtype == torch.float32 and {inner for _, inner in kinds} == {dtype}
         exact = x if not bf16 else exact
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):       # the solver's arithmetic
+            assert {part.dtype for part in call(net, y, w_cfg=2)} == {torch.float32}
     assert 0 < (x - exact).abs().max() < 0.1 * exact.abs().max()
 
 
@@ -2179,18 +2182,22 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(many, monkeypatch, capsys)
 
 def test_a_run_goes_on_with_another_batch_size_and_restarts_if_told(many, monkeypatch):
     make, whole, folder = many
-    for flags, batch_size in (("", 7), ("--seed 1 --restart", 4)):
+
+    def off(folder_of_others):
+        images, others = (np.load(folder / out / "samples.npz")["arr_0"].astype(int)
+                          for out in ("whole", folder_of_others))
+        return abs(images - others).max((1, 2, 3))
+
+    for out, flags, batch_size in (("seven", "", 7), ("anew", "--seed 1 --restart", 4)):
         with monkeypatch.context() as patch:
             stop_after(patch, 4)
             with pytest.raises(KeyboardInterrupt):
-                make("out", "--restart")
-        make("out", flags, batch_size)
-    images, others = (np.load(folder / out / "samples.npz")["arr_0"].astype(int)
-                      for out in ("whole", "out"))
-    assert (images != others).any((1, 2, 3)).all()                      # seed 1 alone made these
-    make("seven", batch_size=7)
-    others = np.load(folder / "seven/samples.npz")["arr_0"].astype(int)
-    assert abs(images - others).max() <= 1
+                make(out)
+        assert np.load(folder / out / "done.npy").sum() == 12           # a batch of 7 and a part
+        make(out, flags, batch_size)
+    assert (off("seven") <= 1).all() and (off("anew") > 1).all()
+    make("whole_seven", batch_size=7)
+    assert (off("whole_seven") <= 1).all()
 
 
 def test_any_number_of_processes_make_the_same_images(many):
@@ -2199,6 +2206,9 @@ def test_any_number_of_processes_make_the_same_images(many):
     assert in_ranks(lambda: main(sample, flags), 3) == [0, 0, 0]
     images = np.load(folder / "three/samples.npz")
     assert (images["arr_0"] == np.load(folder / "whole/samples.npz")["arr_0"]).all()
+    run(f"sample.py --n 22 --steps 3 --batch_size 4 --out {folder / 'two'}", os.getcwd(), launcher=(
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"))
+    assert made(folder / "two") == whole
     for i, image in enumerate(images["arr_0"]):
         assert (np.asarray(Image.open(folder / f"three/png/{i:06d}.png")) == image).all()
     assert len(os.listdir(folder / "three/png")) == 22
@@ -2283,13 +2293,16 @@ def test_z_is_kept_if_asked(many):
     assert (few == np.asarray(Image.open(folder / "whole/sheet.png"))[:102, :252]).all()
 
 
-def test_samples_that_are_not_finite_are_said_and_not_kept(many, monkeypatch):
+@pytest.mark.parametrize("batch, rows", [(0, "0 to 3"), (5, "20 to 21")])
+def test_samples_that_are_not_finite_are_said_and_not_kept(many, monkeypatch, batch, rows):
     make, _, folder = many
-    monkeypatch.setitem(sample.SOLVERS[model.Flow], "sde", lambda predict, process, state, *rest: [
-        part / (part > 0) for part in state])
-    with pytest.raises(data.UserError, match="samples 0 to 3 hold NaN or infinity"):
+    solve, factors = sample.euler_maruyama, iter([1] * batch + [np.nan] * 9)
+    monkeypatch.setitem(sample.SOLVERS[model.Flow], "sde", lambda *args: (
+        lambda factor: [part * factor for part in solve(*args)])(next(factors)))
+    with pytest.raises(data.UserError, match=f"samples {rows} hold NaN or infinity"):
         make("out")
-    assert not np.load(folder / "out/done.npy").any()
+    assert np.load(folder / "out/done.npy").sum() == 4 * batch
+    assert not (folder / "out/samples.npz").exists()
 
 
 def test_a_disk_that_fills_up_loses_no_image(many, monkeypatch):

@@ -57,7 +57,8 @@ def parser():
                    help="ignore the classes (default: off)")
     setting("data", "digits, or a prepared folder", str,
             default="digits for size T, else where data.py writes")
-    setting("r", "channels of z: PCA components of the features that are used", int)
+    setting("r", "channels of z: PCA components of the features that are used; under Python 3.11 "
+                 "torchrun needs -- before train.py to leave it alone", int)
     setting("lam_z", "weight of z's loss; 0 is off", float)
     setting("repa", f"weight of REPA's loss, beside or, with --fusion none, instead of ReDi; "
                     f"without a number {REPA_WEIGHT}, 0 is off", float, nargs="?",
