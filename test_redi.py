@@ -2560,8 +2560,7 @@ def broken(workdir):
 
 @pytest.mark.parametrize("command, words", [
     ("sample.py --ckpt truncated.pt", "damaged"),
-    ("train.py --seed 5", "contradicts"),
-    ("data.py --images nowhere", "nowhere is no folder")])
+    ("train.py --seed 5", "contradicts")])
 def test_a_mistake_is_one_line_on_stderr_and_overwrites_nothing(broken, command, words):
     folder, content = broken
     before = content()
