@@ -461,26 +461,29 @@ def open_encoders(args, device):
                             f"{len(values)} for {n}")
         return values * n if len(values) == 1 else values
 
-    def parse(pairs):
-        if not all("=" in pair for pair in pairs):
-            raise UserError(f"--encoder_kwargs {' '.join(pairs)}: give KEY=VALUE pairs")
-        return {key: literal(value) for key, value in (pair.split("=", 1) for pair in pairs)}
-
-    def literal(text):
-        try:
-            return ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            return text                                    # a word
-
     for layer in args.encoder_layer:
         if layer != "last" and not layer.isdecimal():
             raise UserError(f"--encoder_layer {layer}: give a number from 0, or last")
     layers = one_each(args.encoder_layer, "encoder_layer")
     weights = one_each(args.encoder_weights, "encoder_weights")
-    settings = [parse(pairs) for pairs in one_each(args.encoder_kwargs or [[]], "encoder_kwargs")]
+    settings = [key_values(pairs, "encoder_kwargs")
+                for pairs in one_each(args.encoder_kwargs or [[]], "encoder_kwargs")]
     return [Encoder(name, args.size, None if layer == "last" else int(layer),
                     None if file == "hub" else file, of_model, device)
             for name, layer, file, of_model in zip(args.encoder, layers, weights, settings)]
+
+
+def key_values(pairs, flag):
+    """{key: value} of KEY=VALUE texts; a value is a Python literal, or a word."""
+    def literal(text):
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+
+    if not all("=" in pair for pair in pairs):
+        raise UserError(f"--{flag} {' '.join(pairs)}: give KEY=VALUE pairs")
+    return {key: literal(value) for key, value in (pair.split("=", 1) for pair in pairs)}
 
 
 class Source:

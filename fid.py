@@ -1,22 +1,44 @@
-"""Fréchet distances between sets of images, and judges of generated digits.
+"""Metrics of generated images, as ADM's suite defines them: FID, sFID, IS, precision and recall.
 
-    python fid.py samples/samples.npz digits          # samples against the held-out digits
-    python fid.py a/samples.npz b/samples.npz         # two sets, in pixel space
+    python fid.py samples/samples.npz VIRTUAL_imagenet256_labeled.npz    # all five
+    python fid.py samples/samples.npz photos --features dinov2           # Fréchet distance there
+    python fid.py samples/samples.npz digits                             # held-out digits' judges
 
-A distance is named after its feature space and the two counts; none of these is the FID of the
-papers, which needs Inception. Few images bias it upwards: compare equal counts only.
+Samples first, reference second: .npz (arr_0, or stored moments), .npy or a folder of images. Only
+what Inception sees is called FID; other distances are named after their space and the counts. Few
+images bias them all upwards: compare equal counts only.
 """
 import argparse
+import contextlib
 import functools
+import importlib.metadata
+import json
 import os
+import pickle
+import time
 import zipfile
 
 import numpy as np
 import scipy.linalg
+import scipy.special
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
 
 import data
 import pca
+
+# the 2015 weights in PyTorch's format, by pytorch-fid; the hash in the name is checked
+INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+             "pt_inception-2015-12-05-6726825d.pth")
+DINOV2 = "vit_large_patch14_dinov2.lvd142m"     # of FD-DINOv2 (arXiv 2306.04675): its class token
+N_UNBIASED = 50_000                             # samples that the papers' tables use
+SPLIT = 5_000                                   # images a split of the Inception Score (ADM's)
+NEIGHBOURS = 3                                  # of precision and recall (arXiv 1904.06991; ADM's)
+ROWS = 1_024                                    # features that go into the moments at once
+MAX_D = 8_192                                   # channels whose covariance fits in memory: 0.5 GB
 
 
 def frechet_distance(mu_1, cov_1, mu_2, cov_2):
@@ -43,14 +65,360 @@ def distance_of_features(features_1, features_2):
     return frechet_distance(one.mean, one.cov, two.mean, two.cov)
 
 
-def pixels(images):
-    """uint8 (n, H, W, 3) -> (n, 3 H W) in [-1, 1]."""
-    return data.from_uint8(torch.from_numpy(images)).flatten(1).double().numpy()
+class InceptionScore:
+    """exp of the mean KL(p(y | x) || p(y)) over each split of SPLIT images in order, the last one
+    maybe shorter; their mean (arXiv 1606.03498). Logits come in batches and are not kept."""
+    def __init__(self):
+        self.scores, self.waiting = [], []
+
+    def update(self, logits):
+        """Add logits (B, classes), of any float type."""
+        self.waiting.extend(np.asarray(logits, np.float64))
+        while len(self.waiting) >= SPLIT:
+            self.scores.append(self.of_split(self.waiting[:SPLIT]))
+            self.waiting = self.waiting[SPLIT:]
+
+    @staticmethod
+    def of_split(logits):
+        log_p = scipy.special.log_softmax(np.stack(logits), 1)
+        log_mean = scipy.special.logsumexp(log_p, 0) - np.log(len(log_p))
+        return float(np.exp((np.exp(log_p) * (log_p - log_mean)).sum(1).mean()))
+
+    @property
+    def score(self):
+        return float(np.mean(self.scores + [self.of_split(self.waiting)] * bool(self.waiting)))
+
+
+def squared_distances(a, b):
+    """(n, d), (m, d) -> (n, m)."""
+    return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
+
+
+def radii(features, k=NEIGHBOURS, block=512):
+    """(n, d) -> (n,) squared distances to the k-th nearest other row."""
+    result = []
+    for start in range(0, len(features), block):
+        distances = squared_distances(features[start:start + block], features)
+        own = torch.arange(len(distances))
+        distances[own, start + own] = torch.inf
+        result.append(distances.kthvalue(k, 1).values)
+    return torch.cat(result)
+
+
+def precision_and_recall(samples, reference, k=NEIGHBOURS, block=512):
+    """The share of samples (n, d) within the manifold of the reference (m, d), and the share of the
+    reference within that of the samples: in a ball around a row that reaches to its k-th nearest
+    neighbour. Memory: block rows of distances. ValueError for k rows or fewer."""
+    if min(len(samples), len(reference)) <= k:
+        raise ValueError(f"precision and recall need more than {k} images on both sides")
+
+    def inside(points, centres):
+        reach = radii(centres, k, block)
+        return float(torch.cat([(squared_distances(part, centres) <= reach).any(1)
+                                for part in points.split(block)]).double().mean())
+
+    return inside(samples, reference), inside(reference, samples)
+
+
+def tf1_resize(x, size):
+    """Bilinear as in TensorFlow 1: output pixel i lies at i * n / size of n, where torch says
+    (i + 0.5) * n / size - 0.5. x (B, C, H, W) -> (B, C, size, size)."""
+    def matrix(n):
+        at = torch.arange(size) * (n / size)
+        low, rows, weights = at.long(), torch.arange(size), torch.zeros(size, n)
+        weights[rows, low] += 1 - (at - low)
+        weights[rows, (low + 1).clamp(max=n - 1)] += at - low
+        return weights.to(x)
+
+    return matrix(x.shape[2]) @ x @ matrix(x.shape[3]).T
+
+
+class Inception(nn.Module):
+    """The Inception-v3 of TensorFlow's 2015 release, which FID means: timm's with its pools.
+
+    weights: pt_inception-2015-12-05-6726825d.pth, as a path or a state dict. Images uint8
+    (B, 3, H, W) -> pool (B, 2048) for FID; spatial (B, 2023), the first 7 channels of Mixed_6d, for
+    sFID; logits (B, 1008) without bias, for IS. ValueError if the weights are of another network.
+    """
+    def __init__(self, weights):
+        super().__init__()
+        import timm                                        # slow to import: not before it is used
+        net = self.net = timm.create_model("inception_v3", num_classes=1008, aux_logits=False)
+        try:
+            if not isinstance(weights, dict):
+                weights = torch.load(weights, map_location="cpu", weights_only=True)
+            net.load_state_dict(weights)
+        except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError("no weights of the 2015 Inception: " + data.one_line(error)) from None
+        for block in net.children():
+            if hasattr(block, "branch_pool"):
+                block.branch_pool.register_forward_pre_hook(self.without_padding)
+        net.Mixed_7c.register_forward_pre_hook(self.keep_input)
+        net.Mixed_7c.branch_pool.register_forward_pre_hook(self.max_pool)
+        net.Mixed_6d.register_forward_hook(self.keep_output)
+        self.eval().requires_grad_(False)
+
+    @staticmethod
+    def without_padding(branch, args):
+        """timm's average counts the zeros around the image, TensorFlow's does not."""
+        return args[0] / F.avg_pool2d(torch.ones_like(args[0][:1, :1]), 3, 1, 1)
+
+    def keep_input(self, block, args):
+        self.into_7c = args[0]
+
+    def max_pool(self, branch, args):
+        """In the last block TensorFlow's pool takes the maximum."""
+        return F.max_pool2d(self.into_7c, 3, 1, 1)
+
+    def keep_output(self, block, args, h):
+        self.spatial = h[:, :7].flatten(1)
+
+    @torch.no_grad()
+    def forward(self, images):
+        x = (tf1_resize(images.float(), 299) - 128) / 128
+        pool = self.net.forward_head(self.net.forward_features(x), pre_logits=True)
+        return pool, self.spatial, pool @ self.net.fc.weight.T
+
+
+class Space:
+    """What turns images uint8 (B, 3, H, W) into features: name, sha256 of its weights, d channels,
+    and the call, which returns (B, d) and for inception spatial and logits, too. UserError if it
+    cannot be had.
+
+    name: inception, dinov2, pixels, or a timm model, whose pooled features are taken; weights: a
+    file, None for the published ones; settings: timm.create_model's.
+    """
+    def __init__(self, name, weights=None, settings=None, device="cpu"):
+        self.name, self.device, self.weights = name, torch.device(device), ""
+        if weights and not os.path.isfile(weights):
+            raise data.UserError(f"--weights {weights}: no such file")
+        try:
+            if name == "inception":
+                net = Inception(weights or torch.hub.load_state_dict_from_url(
+                    INCEPTION, map_location="cpu", check_hash=True, weights_only=True))
+            elif name != "pixels":
+                net = self.timm_model(DINOV2 if name == "dinov2" else name, weights, settings)
+        except Exception as error:                         # a dozen kinds, many lines
+            raise data.UserError(
+                f"--features {name} cannot be had ({data.one_line(error)}); give its weights with "
+                f"--weights FILE{f', for inception {os.path.basename(INCEPTION)}' * (not weights)}"
+                ) from None
+        if name != "pixels":
+            self.weights = data.weights_hash(net)
+            self.net = net.to(device, memory_format=torch.channels_last)
+
+    def timm_model(self, name, weights, settings):
+        import timm
+        overlay = {"file": weights, "custom_load": weights.endswith(".npz")} if weights else {}
+        net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay,
+                                num_classes=0, **settings or {}).eval().requires_grad_(False)
+        config = timm.data.resolve_model_data_config(net)
+        self.size = config["input_size"][-1]
+        self.mean, self.std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+        return net
+
+    @torch.no_grad()
+    def __call__(self, images):
+        images = images.to(self.device)
+        if self.name == "pixels":
+            return data.from_uint8(images).flatten(1),
+        if self.name == "inception":
+            return self.net(images)
+        x = F.interpolate(images.float() / 255, (self.size, self.size), mode="bicubic",
+                          antialias=True, align_corners=False).clamp(0, 1)
+        return self.net((x - self.mean.to(x)) / self.std.to(x)),
+
+
+class Images:
+    """A set of images uint8 (n, H, W, 3), read in batches: an .npz's arr_0, an .npy or a folder of
+    files. UserError if path is none of these, or an image is not as the others."""
+    def __init__(self, path):
+        self.path = path
+        try:
+            if os.path.isdir(path):
+                self.files = sorted(entry.path for entry in os.scandir(path) if entry.is_file()
+                                    and not entry.name.startswith("."))
+                if not self.files:
+                    raise ValueError("an empty folder")
+                shape, dtype = (len(self.files), *read_image(self.files[0]).shape), np.uint8
+            else:
+                with open_rows(path) as (shape, dtype, _):
+                    pass
+        except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise data.UserError(f"{path} cannot be read as images ({data.one_line(error)}); give "
+                                 "an .npz as sample.py writes it, an .npy or a folder") from None
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
+            raise data.UserError(f"{path}: images must be uint8 (n, H, W, 3), got {dtype} {shape}")
+        if shape[0] < 2:
+            raise data.UserError(f"{path} holds {shape[0]} image; a covariance needs two")
+        self.n, self.size = shape[0], shape[1:3]
+
+    def batches(self, batch_size, workers=0):
+        """Tensors uint8 (B, 3, H, W), in order."""
+        if not os.path.isdir(self.path):
+            with open_rows(self.path) as (_, _, read):
+                for start in range(0, self.n, batch_size):
+                    images = read(min(batch_size, self.n - start))
+                    yield torch.from_numpy(images).permute(0, 3, 1, 2)
+            return
+        batches = [self.files[i:i + batch_size] for i in range(0, self.n, batch_size)]
+        try:
+            yield from torch.utils.data.DataLoader(Files(batches, self.size), batch_size=None,
+                                                   num_workers=workers)
+        except (ValueError, RuntimeError) as error:        # many lines, of the worker's
+            last = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+            raise data.UserError(f"{self.path} cannot be read as images ({last})") from None
+
+
+class Files(torch.utils.data.Dataset):
+    """Batches of image files, which must all be of one size."""
+    def __init__(self, batches, size):
+        self.batches, self.size = batches, size
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, i):
+        images = []
+        for path in self.batches[i]:
+            images.append(read_image(path))
+            if images[-1].shape[:2] != self.size:
+                raise ValueError(f"{path} is of {images[-1].shape[:2]} pixels, the first of "
+                                 f"{self.size}; sizes must agree")
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def read_image(path):
+    """uint8 (H, W, 3). ValueError if it is not RGB, or no image."""
+    try:
+        with Image.open(path) as image:
+            mode, pixels = image.mode, np.asarray(image)
+    except OSError as error:                               # Pillow's, of what it cannot read
+        raise ValueError(f"{path} is no image ({error})") from None
+    if mode != "RGB":
+        raise ValueError(f"{path} has the mode {mode}, and must be RGB without transparency")
+    return pixels
+
+
+@contextlib.contextmanager
+def open_rows(path):
+    """shape, dtype and read(n), the next n rows, of an .npy or an .npz's arr_0, never all at once.
+    ValueError, KeyError or BadZipFile if there is no such array."""
+    if not path.endswith(".npz"):
+        array, place = np.load(path, mmap_mode="r"), [0]
+
+        def read(n):
+            place[0] += n
+            return np.array(array[place[0] - n:place[0]])
+
+        yield array.shape, array.dtype, read
+        return
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        version = np.lib.format.read_magic(file)
+        header = {(1, 0): np.lib.format.read_array_header_1_0,
+                  (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = header(file)
+        if fortran or dtype.hasobject:
+            raise ValueError(f"arr_0 is stored as {dtype}{', column by column' * fortran}")
+
+        def read(n):
+            content = file.read(n * int(np.prod(shape[1:])) * dtype.itemsize)
+            return np.frombuffer(bytearray(content), dtype).reshape(n, *shape[1:])
+
+        yield shape, dtype, read
+
+
+class Statistics:
+    """What the metrics need of a set: n, moments of pool and spatial as (mean, cov), the Inception
+    Score, and pool itself (n, d) float32 for precision and recall; None where there is none."""
+    def __init__(self, n, pool_moments, spatial_moments=None, score=None, pool=None):
+        self.n, self.pool_moments, self.spatial_moments = n, pool_moments, spatial_moments
+        self.score, self.pool = score, pool
+
+
+def measure(images, space, batch_size=32, workers=0, keep=True):
+    """The Statistics of Images in a Space; keep: pool, too."""
+    moments, score, kept, waiting = [], InceptionScore(), [], []
+
+    def flush():                                           # many rows at once: 12 times as fast
+        for each, parts in zip(moments, zip(*waiting)):
+            each.update(torch.cat(parts).numpy())
+        waiting.clear()
+
+    with tqdm(total=images.n, desc=images.path, unit="image") as bar:
+        for batch in images.batches(batch_size, workers):
+            features = [part.float().cpu() for part in space(batch)]
+            if features[0].shape[1] > MAX_D:
+                raise data.UserError(f"--features {space.name}: {features[0].shape[1]} channels "
+                                     f"are more than the {MAX_D} that fit; take another space")
+            moments = moments or [pca.Moments(part.shape[1]) for part in features[:2]]
+            waiting.append(features[:2])
+            if sum(len(part) for part, *_ in waiting) >= ROWS:
+                flush()
+            if len(features) == 3:
+                score.update(features[2].numpy())
+            if keep:
+                kept.append(features[0])
+            bar.update(len(batch))
+    flush()
+    done = [(each.mean, each.cov) for each in moments]
+    return Statistics(images.n, done[0], *done[1:], score=score if space.name == "inception" else
+                      None, pool=torch.cat(kept) if keep else None)
+
+
+def stored_anything(path):
+    """Whether path is an .npz with moments."""
+    if not path.endswith(".npz") or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return "mu.npy" in archive.namelist()
+
+
+def stored_statistics(path, space):
+    """The Statistics in an .npz: mu, sigma (and mu_s, sigma_s), as in ADM's reference batches and
+    as --save_stats writes them; None if it has none. UserError if they are of another space."""
+    if not stored_anything(path):
+        return None
+    with np.load(path, allow_pickle=False) as file:
+        made_by = str(file["space"]) if "space" in file else "inception"
+        weights = str(file["weights"]) if "weights" in file else space.weights
+        if (made_by, weights) != (space.name, space.weights):
+            raise data.UserError(f"{path} holds moments of {made_by} (weights {weights[:16]}), not "
+                                 f"of --features {space.name} ({space.weights[:16]})")
+        pairs = [(file[mu], file[sigma]) for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s"))
+                 if mu in file]
+        pool = torch.from_numpy(file["pool"]) if "pool" in file else None
+        return Statistics(int(file["n"]) if "n" in file else None, *pairs, pool=pool)
+
+
+def save_statistics(path, statistics, space):
+    """An .npz that stored_statistics() reads."""
+    arrays = {"n": statistics.n, "space": space.name, "weights": space.weights}
+    for suffix, moments in (("", statistics.pool_moments), ("_s", statistics.spatial_moments)):
+        if moments:
+            arrays |= {"mu" + suffix: moments[0], "sigma" + suffix: moments[1]}
+    if statistics.pool is not None:
+        arrays["pool"] = statistics.pool.numpy()
+    pca.write_whole(path, lambda file: np.savez(file, **arrays))
+
+
+def compare(samples, reference, space):
+    """Metrics by name of two Statistics in one Space, samples first."""
+    counts = f"{samples.n}_vs_{reference.n or 'stored'}"
+    name = "fid" if space.name == "inception" else f"frechet_{space.name}_{counts}"
+    metrics = {name: frechet_distance(*samples.pool_moments, *reference.pool_moments)}
+    if samples.spatial_moments and reference.spatial_moments:
+        metrics["sfid"] = frechet_distance(*samples.spatial_moments, *reference.spatial_moments)
+    if samples.score:
+        metrics["inception_score"] = samples.score.score
+    if samples.pool is not None and reference.pool is not None:
+        metrics["precision"], metrics["recall"] = precision_and_recall(samples.pool, reference.pool)
+    return metrics
 
 
 def grey_pixels(images):
     """uint8 (n, H, W, 3) with equal channels -> (n, H W) in [-1, 1]."""
-    return pixels(images[..., :1])
+    return data.from_uint8(torch.from_numpy(images[..., 0])).flatten(1).double().numpy()
 
 
 @functools.lru_cache(maxsize=1)
@@ -94,48 +462,93 @@ def judge_digits(images, y=None):
     return metrics
 
 
-def load_images(path):
-    """arr_0 uint8 (n, H, W, 3) of an .npz in ADM's layout, and its y or None. UserError if it is
-    anything else."""
-    if not os.path.exists(path):
-        raise data.UserError(f"no images at {path}; make them with: python sample.py --n 1000")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images, y = file["arr_0"], file["y"] if "y" in file else None
-    except (KeyError, ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise data.UserError(f"{path} holds no images ({error}); sample.py writes one") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) < 2:
-        raise data.UserError(f"{path}: arr_0 must be uint8 (n >= 2, H, W, 3), "
-                             f"got {images.dtype} {images.shape}")
-    if y is not None and y.shape != images.shape[:1]:
-        raise data.UserError(f"{path}: y must have a class for each image, got {y.shape}")
-    return images, y
+def judge(args):
+    """Metrics of the digits in args.samples, by judges that know real digits."""
+    images = Images(args.samples)
+    batches = torch.cat(list(images.batches(1000))).permute(0, 2, 3, 1).numpy()
+    y = None
+    if args.labels and args.samples.endswith(".npz"):
+        with np.load(args.samples, allow_pickle=False) as file:
+            y = file["y"] if "y" in file else None
+    if y is not None and y.shape != (images.n,):
+        raise data.UserError(f"{args.samples}: y must have a class for each image, got {y.shape}")
+    if images.size != (8, 8):
+        raise data.UserError(f"{args.samples} holds images of {images.size}, digits are of (8, 8)")
+    return judge_digits(batches, y)
+
+
+def statistics_of(path, space, args, precision_recall):
+    """The Statistics of a path: those that it stores, as far as it does, else of its images."""
+    stored = stored_statistics(path, space)
+    if stored and (stored.pool is not None or not precision_recall):
+        return stored
+    if stored:
+        with zipfile.ZipFile(path) as archive:
+            if "arr_0.npy" not in archive.namelist():
+                return stored
+    measured = measure(Images(path), space, args.batch_size, args.workers, precision_recall)
+    if stored:                                 # ADM's: moments of all images, arr_0 some of them
+        stored.pool = measured.pool
+    return stored or measured
 
 
 def main(args):
-    images, y = load_images(args.samples)
-    digits = args.reference == "digits"
-    reference, _ = held_out_digits() if digits else load_images(args.reference)
-    if reference.shape[1:] != images.shape[1:]:
-        raise data.UserError(f"{args.samples} holds images of {images.shape[1:3]}, "
-                             f"{args.reference} of {reference.shape[1:3]}; sizes must agree")
-    if digits:
-        metrics = judge_digits(images, y if args.labels else None)
-    else:
-        metrics = {f"frechet_pixels_{len(images)}_vs_{len(reference)}":
-                   distance_of_features(pixels(images), pixels(reference))}
-    print(f"samples {args.samples}, reference {args.reference}")
+    if args.reference == "digits":
+        metrics = judge(args)
+        print(f"samples {args.samples}, reference {args.reference}")
+        for name, value in metrics.items():
+            print(f"{name:32s} {value:.3f}")
+        return
+    for path in (args.samples, args.reference):            # before what is slow
+        if not stored_anything(path):
+            Images(path)
+    settings = data.key_values(args.features_kwargs or [], "features_kwargs")
+    space = Space(args.features, args.weights, settings, data.pick_device(args.device))
+    inception = space.name == "inception"
+    samples, reference = (statistics_of(path, space, args, inception)
+                          for path in (args.samples, args.reference))
+    if args.save_stats:
+        save_statistics(args.save_stats, reference, space)
+    try:
+        metrics = compare(samples, reference, space)
+    except ValueError as error:
+        raise data.UserError(str(error)) from None
+    print(f"samples    {args.samples}: {samples.n or 'stored moments of'} images\n"
+          f"reference  {args.reference}: {reference.n or 'stored moments of'} images\n"
+          f"space      {space.name}, weights {space.weights[:16] or 'none'}")
     for name, value in metrics.items():
-        print(f"{name:32s} {value:.3f}")
+        print(f"{name:32s} {value:.4f}")
+    if samples.score:
+        print(f"inception_score is the mean of splits of {SPLIT:,} images in order")
+    if samples.n and samples.n < N_UNBIASED:
+        print(f"{samples.n:,} samples: below {N_UNBIASED:,} Fréchet distances are biased upwards, "
+              "compare equal counts only")
+    print(json.dumps(metrics | {
+        "samples": args.samples, "n_samples": samples.n, "reference": args.reference,
+        "n_reference": reference.n, "space": space.name, "weights": space.weights,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "scipy")},
+        "date": time.strftime("%Y-%m-%d")}))
 
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("samples", help=".npz with arr_0 uint8 (n, H, W, 3)")
-    p.add_argument("reference", help="another one, or the word digits: the held-out digits")
+    p.add_argument("samples", help="generated images: .npz, .npy or folder")
+    p.add_argument("reference", help="real images, the same; or the word digits: the held-out ones")
+    p.add_argument("--features", default="inception",
+                   help="space of the distance: inception (FID and the others), dinov2 (ViT-L), "
+                        "pixels, or any timm model (default: %(default)s)")
+    p.add_argument("--weights", metavar="FILE", help="the space's weights (default: downloaded)")
+    p.add_argument("--features_kwargs", nargs="*", metavar="KEY=VALUE",
+                   help="arguments of timm.create_model")
+    p.add_argument("--save_stats", metavar="FILE", help="keep what was measured of the reference, "
+                                                        "an .npz that is a reference, too")
+    p.add_argument("--batch_size", type=int, default=32, help="images a batch (default: 32)")
+    p.add_argument("--workers", type=int, default=min(8, os.cpu_count()),
+                   help="processes that read files; 0: none (default: %(default)s)")
     p.add_argument("--labels", action=argparse.BooleanOptionalAction, default=True,
                    help="compare digits with the samples' y; --no-labels for unconditional models")
+    p.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     return p
 
 

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import tracemalloc
@@ -2442,6 +2443,219 @@ def test_frechet_distance_refuses_nan_and_other_spaces():
             fid.frechet_distance(*wrong)
 
 
+def inception_weights():
+    """Random weights in the format of pt_inception-2015-12-05-6726825d.pth, by name."""
+    import timm
+    with torch.device("meta"):
+        shapes = timm.create_model("inception_v3", num_classes=1008).state_dict()
+    weights = {}
+    for name, meta in shapes.items():
+        part = named_weights(name, meta.shape) / 0.15
+        if name.endswith("conv.weight"):
+            part *= (2 / part[0].numel()) ** 0.5
+        elif name.endswith(("bn.weight", "running_var")):
+            part = 1 + 0.2 * part.clamp(-3, 3)
+        weights[name] = part if part.ndim else torch.tensor(0)          # num_batches_tracked
+    return weights
+
+
+INCEPTION_PEER = {  # size: torch-fidelity's features of random images, pool, spatial, logits
+    32: [26.155, 9.7621, 0.63621, 3.4469, 3.2613, 0.0, 70.309, -113.91, -807.87],
+    320: [26.647, 10.396, 0.64225, 2.9656, 3.247, 0.0, 67.342, -133.96, -843.71],
+}
+
+
+def random_images(size):
+    generator = torch.Generator().manual_seed(size)
+    return torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def thin_features(features):
+    return [value for part in features for value in part.flatten()[::len(part.flatten()) // 3][:3]
+            .tolist()]
+
+
+def record_inception_peer(folder):
+    """Print INCEPTION_PEER from torch-fidelity 0.4.0, in that folder."""
+    sys.path.insert(0, folder)
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+        torch.save(inception_weights(), file.name)
+        net = FeatureExtractorInceptionV3("", ["2048", "logits_unbiased"], file.name)
+    spatial = []
+    net.Mixed_6d.register_forward_hook(lambda block, args, h: spatial.append(h[:, :7].flatten(1)))
+    for size in (32, 320):
+        pool, logits = net(random_images(size))
+        values = thin_features([pool, spatial.pop(), logits])
+        print(f"    {size}: {[float(f'{value:.5g}') for value in values]},")
+
+
+def test_inception_equals_torch_fidelitys():
+    net = fid.Inception(inception_weights())
+    for size, peer in INCEPTION_PEER.items():
+        features = net(random_images(size))
+        assert [part.shape for part in features] == [(2, 2048), (2, 2023), (2, 1008)]
+        assert thin_features(features) == pytest.approx(peer, rel=1e-4)
+    for wrong in ({}, "nowhere.pth"):
+        with pytest.raises((ValueError, OSError)):
+            fid.Inception(wrong)
+
+
+def test_images_are_enlarged_as_tensorflow_1_did():
+    """Pixel i of the result lies at i * n / size: a ramp stays one, up to its last pixel."""
+    ramp = torch.arange(5.0).expand(1, 3, 4, 5)
+    at = (torch.arange(20) * 5 / 20).clamp(max=4)
+    assert fid.tf1_resize(ramp, 20)[0, 2, 7].allclose(at)
+    assert fid.tf1_resize(ramp.mT, 20)[0, 1, :, 3].allclose(at)
+    assert torch.equal(fid.tf1_resize(ramp[..., :4], 4), ramp[..., :4])
+
+
+def test_inception_score_is_the_exponent_of_the_mean_kl_per_split(monkeypatch):
+    monkeypatch.setattr(fid, "SPLIT", 30)
+    logits = 3 * normal(70, 10).numpy()
+    score = fid.InceptionScore()
+    for start in range(0, 70, 8):
+        score.update(logits[start:start + 8])
+    expected = []
+    for part in (logits[:30], logits[30:60], logits[60:]):
+        p = np.exp(part) / np.exp(part).sum(1, keepdims=True)
+        expected.append(np.exp(np.mean([scipy.stats.entropy(row, p.mean(0)) for row in p])))
+    assert score.score == pytest.approx(np.mean(expected), rel=1e-9)
+    certain = fid.InceptionScore()                                      # of ten classes
+    certain.update(100 * np.eye(10))
+    assert certain.score == pytest.approx(10)
+
+
+def test_precision_and_recall_are_those_of_scikit_learns_neighbours():
+    from sklearn.neighbors import NearestNeighbors
+    samples, reference = normal(80, 4), 1.5 * normal(60, 4, seed=1) + 0.5
+
+    def inside(points, centres):
+        distances, _ = NearestNeighbors(n_neighbors=4).fit(centres).kneighbors(centres)
+        away = np.linalg.norm(points[:, None] - centres[None], axis=2)
+        return (away <= distances[:, 3]).any(1).mean()                  # 0 is the point itself
+
+    expected = inside(samples.numpy(), reference.numpy()), inside(reference.numpy(),
+                                                                  samples.numpy())
+    for block in (7, 512):
+        assert fid.precision_and_recall(samples, reference, block=block) == pytest.approx(expected)
+    assert 0.3 < expected[1] < expected[0] < 1
+    assert fid.precision_and_recall(samples, samples) == (1, 1)
+    with pytest.raises(ValueError, match="more than 3"):
+        fid.precision_and_recall(samples, reference[:3])
+
+
+@pytest.fixture
+def sets(tmp_path, monkeypatch):
+    """a.npz, a.npy, a/ hold the same 12 images; b.npz others."""
+    monkeypatch.chdir(tmp_path)
+    a, b = np.random.default_rng(0).integers(0, 256, (2, 12, 9, 8, 3), np.uint8)
+    b = (0.9 * b + 10).astype(np.uint8)
+    np.savez("a.npz", arr_0=a, y=np.zeros(12, int))
+    np.savez_compressed("b.npz", arr_0=b)
+    np.save("a.npy", a)
+    os.mkdir("a")
+    for i, image in enumerate(a):
+        Image.fromarray(image).save(f"a/{i:06d}.png")
+    return a, b
+
+
+def metrics_of(flags, capsys):
+    capsys.readouterr()
+    main(fid, flags)
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_images_are_the_same_from_every_kind_of_source(sets, capsys):
+    a, b = sets
+    for path in ("a.npz", "a.npy", "a"):
+        images = fid.Images(path)
+        assert (images.n, images.size) == (12, (9, 8))
+        for workers in (0, 2):
+            parts = list(images.batches(5, workers))
+            assert [len(part) for part in parts] == [5, 5, 2]
+            assert (torch.cat(parts).permute(0, 2, 3, 1).numpy() == a).all()
+    expected = fid.distance_of_features(*(part.reshape(12, -1) / 127.5 - 1 for part in (a, b)))
+    shuffled = np.random.default_rng(1).permutation(a)
+    np.save("shuffled.npy", shuffled)
+    for path in ("a.npz", "a.npy", "a", "shuffled.npy"):
+        row = metrics_of(f"{path} b.npz --features pixels --batch_size 5", capsys)
+        assert row["frechet_pixels_12_vs_12"] == pytest.approx(expected, rel=1e-4)
+    assert metrics_of("a a.npz --features pixels", capsys)[
+        "frechet_pixels_12_vs_12"] == pytest.approx(0, abs=1e-3)
+    row = metrics_of("a.npz b.npz --features pixels --save_stats b_stats.npz", capsys)
+    again = metrics_of("a.npz b_stats.npz --features pixels", capsys)
+    assert again["frechet_pixels_12_vs_12"] == row["frechet_pixels_12_vs_12"]
+
+
+def test_all_five_metrics_in_adms_layout(sets, capsys, monkeypatch):
+    """On an extractor that is quick; the reference stores moments, and images for the manifold."""
+    a, b = sets
+    mix = [normal(216, d, seed=d) / 300 for d in (6, 5, 10)]
+
+    class Quick:
+        name, weights = "inception", "abc"
+
+        def __call__(self, images):
+            return [images.flatten(1).float() @ part for part in mix]
+
+    monkeypatch.setattr(fid, "Space", lambda *args: Quick())
+    row = metrics_of("a.npz b.npz", capsys)
+    f_a, f_b = ([part.numpy() for part in Quick()(torch.from_numpy(x).permute(0, 3, 1, 2))]
+                for x in (a, b))
+    assert row["fid"] == pytest.approx(fid.distance_of_features(f_a[0], f_b[0]), rel=1e-4)
+    assert row["sfid"] == pytest.approx(fid.distance_of_features(f_a[1], f_b[1]), rel=1e-4)
+    both = fid.precision_and_recall(torch.tensor(f_a[0]), torch.tensor(f_b[0]))
+    assert (row["precision"], row["recall"]) == both and 0 < min(both) and both[0] != both[1]
+    score = fid.InceptionScore()
+    score.update(f_a[2])
+    assert row["inception_score"] == pytest.approx(score.score) and row["n_samples"] == 12
+    moments = {"mu": f_b[0].mean(0), "sigma": np.cov(f_b[0].T), "mu_s": f_b[1].mean(0),
+               "sigma_s": np.cov(f_b[1].T)}
+    np.savez("adm.npz", arr_0=b[:6], **moments)                         # as VIRTUAL_imagenet256
+    adm = metrics_of("a.npz adm.npz", capsys)
+    assert adm["fid"] == pytest.approx(row["fid"], rel=1e-6) and adm["sfid"] == pytest.approx(
+        row["sfid"], rel=1e-6)
+    assert adm["recall"] == fid.precision_and_recall(torch.tensor(f_a[0]),
+                                                     torch.tensor(f_b[0][:6]))[1]
+    main(fid, "a.npz adm.npz")
+    assert "12 samples: below 50,000" in capsys.readouterr().out
+    np.savez("moments.npz", **moments)
+    assert "precision" not in metrics_of("a.npz moments.npz", capsys)
+    np.savez("wrong.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(data.UserError, match="different spaces"):
+        main(fid, "a.npz wrong.npz")
+
+
+def test_images_that_are_none_are_one_line(sets, tmp_path):
+    a, b = sets
+    np.savez("floats.npz", arr_0=a / 255)
+    np.savez("one.npz", arr_0=a[:1])
+    np.savez("objects.npz", arr_0=np.array([{}, {}], object))
+    np.savez("other.npz", images=a)
+    (tmp_path / "text.npz").write_text("text")
+    os.mkdir("empty")
+    for name, mode, size in (("grey", "L", (8, 9)), ("clear", "RGBA", (8, 9)),
+                             ("mixed", "RGB", (9, 9))):
+        shutil.copytree("a", name)
+        Image.new(mode, size).save(f"{name}/000003.png")
+    shutil.copytree("a", "text")
+    (tmp_path / "text/000002.png").write_text("text")
+    for path, words in (
+            ("floats.npz", "got float64"), ("one.npz", "holds 1 image"), ("objects.npz", "object"),
+            ("other.npz", "arr_0"), ("text.npz", "not a zip"), ("nowhere.npz", "No such file"),
+            ("empty", "an empty folder"), ("grey", "000003.png has the mode L"),
+            ("clear", "000003.png has the mode RGBA"), ("text", "000002.png is no image"),
+            ("mixed", r"000003.png is of \(9, 9\) pixels, the first of \(9, 8\)")):
+        for workers in (0, 2):
+            with pytest.raises(data.UserError, match=words) as error:
+                main(fid, f"{path} a.npz --features pixels --workers {workers}")
+            assert "\n" not in str(error.value)
+    for flags, words in (("--weights nowhere", "no such file"), ("--features no_net", "no_net")):
+        with pytest.raises(data.UserError, match=words):
+            main(fid, f"a.npz b.npz {flags}")
+
+
 def test_the_judges_read_real_digits_and_not_noise():
     images, y = fid.held_out_digits()
     real = fid.judge_digits(images, y)
@@ -2524,8 +2738,8 @@ def test_sample_writes_a_sheet_and_adms_layout(workdir, capsys):
     main(fid, f"{workdir}/samples/samples.npz digits")
     shown = capsys.readouterr().out
     assert "frechet_classifier_60_vs_179" in shown and "read_as_asked_percent" in shown
-    main(fid, f"{workdir}/samples/samples.npz {workdir}/samples/samples.npz")
-    assert capsys.readouterr().out.split()[-2:] == ["frechet_pixels_60_vs_60", "0.000"]
+    same = f"{workdir}/samples/samples.npz {workdir}/samples/samples.npz --features pixels"
+    assert metrics_of(same, capsys)["frechet_pixels_60_vs_60"] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("family", ["SiT", "DiT"])
@@ -2577,7 +2791,7 @@ def test_a_mistake_is_one_line_on_stderr_and_overwrites_nothing(broken, command,
     (sample, "--compare", "--compare shows"), (sample, "--vae there", "pixels, which no codec"),
     (sample, "--device nonsense", "--device nonsense"),
     (sample, "--ckpt prepared/digits/x.npy", "neither a checkpoint of train.py nor"),
-    (train, "--steps 7", "done"), (fid, "prepared/digits/x.npy digits", "no images|holds no"),
+    (train, "--steps 7", "done"), (fid, "prepared/digits/x.npy digits", "images must be uint8"),
     (train, "--out truncated", "damaged"), (train, "--model SiT-XL2 --out new", "SiT-XL/2"),
     (train, "--model SiT-XL/2 --out new", "python data.py --images"),
     (train, "--r 99 --out new", "lower --r")])
@@ -2700,3 +2914,4 @@ def test_the_main_job_makes_digits_that_read_as_asked(tmp_path):
 if __name__ == "__main__":
     record_peers(*sys.argv[1:])
     record_sde_peers(sys.argv[1])
+    record_inception_peer(sys.argv[3])
