@@ -11,10 +11,12 @@ images bias them all upwards: compare equal counts only.
 import argparse
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
 import pickle
+import sys
 import time
 import zipfile
 
@@ -180,6 +182,13 @@ class Inception(nn.Module):
         return pool, self.spatial, pool @ self.net.fc.weight.T
 
 
+def is_published(path):
+    """Whether a file is that of INCEPTION, by the first digits of its sha256 in that name."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return digest.startswith(INCEPTION.removesuffix(".pth").rpartition("-")[2])
+
+
 class Space:
     """What turns images uint8 (B, 3, H, W) into features: name, sha256 of its weights, d channels,
     and the call, which returns (B, d) and for inception spatial and logits, too. UserError if it
@@ -203,6 +212,9 @@ class Space:
                 f"--features {name} cannot be had ({data.one_line(error)}); give its weights with "
                 f"--weights FILE{f', for inception {os.path.basename(INCEPTION)}' * (not weights)}"
                 ) from None
+        if name == "inception" and weights and not is_published(weights):
+            print(f"warning: {weights} is not {os.path.basename(INCEPTION)}: these numbers compare "
+                  "with no other's", file=sys.stderr)
         if name != "pixels":
             self.weights = data.weights_hash(net)
             self.net = net.to(device, memory_format=torch.channels_last)

@@ -2501,6 +2501,14 @@ def test_inception_equals_torch_fidelitys():
             fid.Inception(wrong)
 
 
+def test_other_weights_than_the_published_are_told_apart(tmp_path, monkeypatch):
+    (tmp_path / "a.pth").write_bytes(b"weights")
+    assert not fid.is_published(tmp_path / "a.pth")
+    monkeypatch.setattr(fid, "INCEPTION", "https://there/b-" + hashlib.sha256(
+        b"weights").hexdigest()[:8] + ".pth")
+    assert fid.is_published(tmp_path / "a.pth")
+
+
 def test_images_are_enlarged_as_tensorflow_1_did():
     """Pixel i of the result lies at i * n / size: a ramp stays one, up to its last pixel."""
     ramp = torch.arange(5.0).expand(1, 3, 4, 5)
