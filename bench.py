@@ -1,7 +1,7 @@
 """The README's tables, each by one command.
 
     python bench.py digits                    # every fusion and process on digits
-    python bench.py few_steps --ckpt out/ckpt.pt out/dit/ckpt.pt        # solvers over their calls
+    python bench.py few_steps --ckpt out/ckpt.pt out/ddpm/ckpt.pt       # solvers over their calls
     python bench.py guidance --ckpt out/ckpt.pt                        # w_r x w_cfg
     python bench.py sampling --official DIR   # samples/s beside the authors' sampler
     python bench.py prepare --images DIR      # reading and writing of photographs, without networks
@@ -103,12 +103,8 @@ def digits(args):
             subprocess.run(command, check=True)
         for solver, w_r in missing:
             net, about = sample.load_model(f"{out}/ckpt.pt")
-            y = sample.choose_labels("balanced" if net.n_classes else "random", args.n,
-                                     net.n_classes, 0)
-            x, _ = sample.generate(net, y, about["settings"]["sample_steps"], solver,
-                                   batch_size=125, progress=True, w_r=w_r)
-            metrics = fid.judge_digits(data.to_images(x),
-                                       y.numpy() if net.n_classes else None)
+            metrics = judge_samples(net, args.n, steps=about["settings"]["sample_steps"],
+                                    solver=solver, w_r=w_r)
             rows.append({"out": out, "run": name, "solver": solver, "w_r": w_r, "n": args.n,
                          "steps": args.steps, "seed": args.seed, **metrics,
                          "images_per_s": images_per_s(out), "hardware": hardware(),
@@ -129,9 +125,19 @@ def digits(args):
               f"{shown[1]:.2f} | {read} | {row['images_per_s']:.0f} |")
 
 
+def judge_samples(net, n, **how):
+    """fid.judge_digits() of n samples, and the seconds that they took; how: sample_batches()'s."""
+    y = sample.choose_labels("balanced" if net.n_classes else "random", n, net.n_classes, 0)
+    start = time.perf_counter()
+    x, _ = sample.generate(net, y, batch_size=125, progress=True, **how)
+    seconds = time.perf_counter() - start
+    metrics = fid.judge_digits(data.to_images(x), y.numpy() if net.n_classes else None)
+    return {"seconds": seconds} | metrics
+
+
 def judged(args, rows, path, how):
-    """The row of n digits that the checkpoint `path` makes with batches()' arguments `how`: one of
-    rows if it is there, else made, judged and kept."""
+    """The row of n digits that the checkpoint `path` makes with sample_batches()'s arguments `how`:
+    one of rows if it is there, else made, judged and kept."""
     net, about = sample.load_model(path)
     key = {"ckpt": f"{about['arch']['name']} {data.weights_hash(net)[:16]}", "n": args.n} | how
     for row in rows:
@@ -140,12 +146,8 @@ def judged(args, rows, path, how):
     if about["meta"]["name"] != "digits":
         raise data.UserError(f"{path}: these tables judge digits, and it was trained on "
                              f"{about['meta']['name']}")
-    y = sample.choose_labels("balanced" if net.n_classes else "random", args.n, net.n_classes, 0)
-    start = time.perf_counter()
-    x, _ = sample.generate(net, y, batch_size=125, progress=True, **how)
-    seconds = time.perf_counter() - start
-    metrics = fid.judge_digits(data.to_images(x), y.numpy() if net.n_classes else None)
-    row = key | {"seconds": seconds, "hardware": hardware(), "date": time.strftime("%Y-%m-%d")}
+    metrics = judge_samples(net, args.n, **how)
+    row = key | {"hardware": hardware(), "date": time.strftime("%Y-%m-%d")}
     row |= {name.removesuffix(f"_{args.n}_vs_179"): value for name, value in metrics.items()}
     os.makedirs(args.out, exist_ok=True)
     with open(f"{args.out}/rows.jsonl", "a") as file:
@@ -434,7 +436,7 @@ def speed(args):
     say(f"batch {args.batch_size}, 256 tokens, {str(dtype)[6:]}{', compiled' * args.compile}; "
         f"{n_processes} process(es); {args.rounds} alternating rounds of {args.steps} steps; "
         f"{hardware()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; matrix product "
-        f"{peak / 1e12:.3g} TFLOP/s; sampling in float32, 250 calls\n\n"
+        f"{peak / 1e12:.3g} TFLOP/s; sampling not compiled, 250 calls\n\n"
         f"| | training images/s: median (least to most) | MFU % | ratio | "
         f"{'memory GB | ' * on_gpu}sampling images/s |\n|---|---|---|---|---|{'---|' * on_gpu}")
     for name in args.models:

@@ -10,6 +10,7 @@ images bias them all upwards: compare equal counts only.
 """
 import argparse
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -69,7 +70,7 @@ def distance_of_features(features_1, features_2):
 
 class InceptionScore:
     """exp of the mean KL(p(y | x) || p(y)) over each split of SPLIT images in order, the last one
-    maybe shorter; their mean (arXiv 1606.03498). Logits come in batches and are not kept."""
+    maybe shorter; their mean (arXiv 1606.03498). Logits are kept until their split is full."""
     def __init__(self):
         self.scores, self.waiting = [], []
 
@@ -190,9 +191,8 @@ def is_published(path):
 
 
 class Space:
-    """What turns images uint8 (B, 3, H, W) into features: name, sha256 of its weights, d channels,
-    and the call, which returns (B, d) and for inception spatial and logits, too. UserError if it
-    cannot be had.
+    """What turns images uint8 (B, 3, H, W) into features: the call returns (pool,), (B, d), and for
+    inception (pool, spatial, logits). weights: their sha256. UserError if it cannot be had.
 
     name: inception, dinov2, pixels, or a timm model, whose pooled features are taken; weights: a
     file, None for the published ones; settings: timm.create_model's.
@@ -340,12 +340,14 @@ def open_rows(path):
         yield shape, dtype, read
 
 
+@dataclasses.dataclass
 class Statistics:
-    """What the metrics need of a set: n, moments of pool and spatial as (mean, cov), the Inception
-    Score, and pool itself (n, d) float32 for precision and recall; None where there is none."""
-    def __init__(self, n, pool_moments, spatial_moments=None, score=None, pool=None):
-        self.n, self.pool_moments, self.spatial_moments = n, pool_moments, spatial_moments
-        self.score, self.pool = score, pool
+    """What the metrics need of a set of images; None where there is none."""
+    n: int | None                               # images; None where only moments are known
+    pool_moments: tuple                         # mean (d,) and covariance (d, d) of pool
+    spatial_moments: tuple | None = None        # the same of spatial
+    score: InceptionScore | None = None
+    pool: torch.Tensor | None = None            # (n, d) float32, for precision and recall
 
 
 def measure(images, space, batch_size=32, workers=0, keep=True):
@@ -405,7 +407,8 @@ def stored_statistics(path, space):
 
 def save_statistics(path, statistics, space):
     """An .npz that stored_statistics() reads."""
-    arrays = {"n": statistics.n, "space": space.name, "weights": space.weights}
+    arrays = {"space": space.name, "weights": space.weights}
+    arrays |= {} if statistics.n is None else {"n": statistics.n}
     for suffix, moments in (("", statistics.pool_moments), ("_s", statistics.spatial_moments)):
         if moments:
             arrays |= {"mu" + suffix: moments[0], "sigma" + suffix: moments[1]}
@@ -505,6 +508,9 @@ def statistics_of(path, space, args, precision_recall):
 
 
 def main(args):
+    for name, least in (("batch_size", 1), ("workers", 0)):
+        if getattr(args, name) < least:
+            raise data.UserError(f"--{name} {getattr(args, name)} must be at least {least}")
     if args.reference == "digits":
         metrics = judge(args)
         print(f"samples {args.samples}, reference {args.reference}")

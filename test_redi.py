@@ -4,6 +4,7 @@
     python test_redi.py ReDi DiT             # records the peers' numbers anew, from their clones
 """
 import argparse
+import contextlib
 import errno
 import hashlib
 import importlib.util
@@ -2046,7 +2047,8 @@ def test_bf16_is_the_networks_alone():
         kinds = set()
         x, z = sample.generate(net, y, 5, bf16=bf16)
         assert x.dtype == z.dtype == torch.float32 and {inner for _, inner in kinds} == {dtype}
-        exact = x if not bf16 else exact
+        if not bf16:
+            exact = x
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):       # the solver's arithmetic
             assert {part.dtype for part in call(net, y, w_cfg=2)} == {torch.float32}
     assert 0 < (x - exact).abs().max() < 0.1 * exact.abs().max()
@@ -2140,7 +2142,8 @@ def many(workdir, tmp_path, monkeypatch):
     torch.set_num_threads(2)
 
 
-def stop_after(monkeypatch, n):
+@contextlib.contextmanager
+def stopped_after(monkeypatch, n):
     """The n-th writing of a batch stops the run in its middle: the images, but not their mark."""
     left, write_rows = [n], data.write_rows
 
@@ -2151,16 +2154,16 @@ def stop_after(monkeypatch, n):
                 raise KeyboardInterrupt
         write_rows(path, start, rows)
 
-    monkeypatch.setattr(data, "write_rows", write_or_stop)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "write_rows", write_or_stop)
+        yield
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(many, monkeypatch, capsys):
     make, whole, folder = many
     batches, rows = sample.sample_batches, []
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            make("out")
+    with stopped_after(monkeypatch, 3):
+        make("out")
     assert np.load(folder / "out/done.npy").tolist() == [1] * 8 + [0] * 14
     assert not (folder / "out/samples.npz").exists()
     for flags, words in (("--w_r 1.5", "another --w_r: 1.0, now 1.5"), ("--seed 3", "--seed: 0"),
@@ -2190,10 +2193,8 @@ def test_a_run_goes_on_with_another_batch_size_and_restarts_if_told(many, monkey
         return abs(images - others).max((1, 2, 3))
 
     for out, flags, batch_size in (("seven", "", 7), ("anew", "--seed 1 --restart", 4)):
-        with monkeypatch.context() as patch:
-            stop_after(patch, 4)
-            with pytest.raises(KeyboardInterrupt):
-                make(out)
+        with stopped_after(monkeypatch, 4):
+            make(out)
         assert np.load(folder / out / "done.npy").sum() == 12           # a batch of 7 and a part
         make(out, flags, batch_size)
     assert (off("seven") <= 1).all() and (off("anew") > 1).all()
@@ -2248,11 +2249,8 @@ def test_killed_sampling_goes_on_with_any_number_of_processes(many, n_ranks):
 
 def test_all_processes_end_when_one_refuses(many, monkeypatch):
     make, _, folder = many
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            make("out")
-    said = folder / "said"
+    with stopped_after(monkeypatch, 3):
+        make("out")
 
     def work():
         with pytest.raises(data.UserError) as error:
@@ -2266,10 +2264,8 @@ def test_all_processes_end_when_one_refuses(many, monkeypatch):
 
 def test_what_is_lost_or_left_over_is_noticed(many, monkeypatch):
     make, whole, folder = many
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            make("out")
+    with stopped_after(monkeypatch, 3):
+        make("out")
     (folder / "out/images.npy").unlink()                                # not black images instead
     assert make("out") == whole
     (folder / "out/images.npy").write_bytes(b"killed while clearing up")
@@ -2629,6 +2625,8 @@ def test_all_five_metrics_in_adms_layout(sets, capsys, monkeypatch):
     main(fid, "a.npz adm.npz")
     assert "12 samples: below 50,000" in capsys.readouterr().out
     np.savez("moments.npz", **moments)
+    kept = metrics_of("a.npz moments.npz --save_stats kept.npz", capsys)
+    assert metrics_of("a.npz kept.npz", capsys)["fid"] == kept["fid"]    # of an unknown number
     assert "precision" not in metrics_of("a.npz moments.npz", capsys)
     np.savez("wrong.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(data.UserError, match="different spaces"):
@@ -2659,7 +2657,8 @@ def test_images_that_are_none_are_one_line(sets, tmp_path):
             with pytest.raises(data.UserError, match=words) as error:
                 main(fid, f"{path} a.npz --features pixels --workers {workers}")
             assert "\n" not in str(error.value)
-    for flags, words in (("--weights nowhere", "no such file"), ("--features no_net", "no_net")):
+    for flags, words in (("--weights nowhere", "no such file"), ("--features no_net", "no_net"),
+                         ("--batch_size 0", "--batch_size 0"), ("--workers -1", "--workers -1")):
         with pytest.raises(data.UserError, match=words):
             main(fid, f"a.npz b.npz {flags}")
 
