@@ -45,21 +45,70 @@ import sample
 import train
 
 N_DIGITS = 1_000                         # samples behind each row
+# what a run is trained for -> train.py's flags
+METHODS = {"none": ["--fusion=none"], "REPA": ["--fusion=none", f"--repa={train.REPA_WEIGHT}"],
+           "merged": ["--fusion=merged"], "separate": ["--fusion=separate"],
+           "merged + REPA": ["--fusion=merged", f"--repa={train.REPA_WEIGHT}"]}
 
 
-def digit_runs():
-    """name -> (train.py's flags, the pairs of solver and w_r that the run is sampled with)."""
-    runs = {}
-    for fusion in model.FUSIONS:
-        weights = (1.0,) if fusion == "none" else (1.0, 1.5, 2.0)
-        runs[f"SiT-unconditional-{fusion}"] = (
-            ["--model", "SiT-T/2", "--fusion", fusion, "--unconditional"],
-            [(solver, w_r) for solver in ("sde", "euler") for w_r in weights])
-    for family, solver in (("SiT", "sde"), ("DiT", "ddpm")):
-        for fusion in model.FUSIONS:
-            runs[f"{family}-conditional-{fusion}"] = (
-                ["--model", f"{family}-T/2", "--fusion", fusion], [(solver, 1.0)])
-    return runs
+def digit_jobs(args):
+    """(name, train.py's flags, what to sample it with) of the runs on digits."""
+    for of, flag in (("unconditional", ["--unconditional"]), ("conditional", [])):
+        for method in ("none", "REPA", "merged", "separate"):
+            weights = (1.0, 1.5) if method in model.FUSIONS[1:] else (1.0,)
+            yield (f"{args.family} {of} {method}",
+                   [f"--model={args.family}-T/2", *METHODS[method], *flag],
+                   [{"w_r": w_r} for w_r in weights])
+
+
+def photo_jobs(args):
+    """The same of a table on photographs; a run that two tables share has one name."""
+    def job(name, family, method, *flags, hows=({},)):
+        return name, [f"--model={family}-{args.size}/2", *METHODS[method], *flags], list(hows)
+
+    if args.name == "methods":
+        for family in ("SiT", "DiT"):
+            for method in METHODS:
+                yield job(f"{family} {method}", family, method)
+    elif args.name == "unconditional":
+        for family in ("DiT", "SiT"):
+            yield job(f"{family} none", family, "none")
+            yield job(f"{family} unconditional none", family, "none", "--unconditional")
+            yield job(f"{family} unconditional merged", family, "merged", "--unconditional",
+                      hows=[{"w_r": w_r} for w_r in (1.0, 1.1, 1.5, 2.0)])
+    elif args.name == "settings":
+        for flag, values in (("r", (1, 2, 4, 8, 16)), ("lam_z", (0.25, 1.0, 4.0)),
+                             ("p_drop_z", (0.0, 0.1, 0.2, 0.5))):
+            for value in values:
+                yield job(f"SiT merged {flag} {value:g}", "SiT", "merged", f"--{flag}={value}")
+        yield job("SiT merged z of unit RMS", "SiT", "merged", f"--data={unit_rms(args.data)}")
+    elif args.name == "guidance":
+        hows = [{"w_cfg": w_cfg, "w_r": w_r} for w_r in (1.0, 1.5)
+                for w_cfg in (1.0, 1.5, 2.0, 4.0)]
+        hows += [{"w_cfg": w_cfg, "w_r": 1.0, "cfg_on": "both"} for w_cfg in (1.5, 2.0, 4.0)]
+        yield job("SiT merged", "SiT", "merged", hows=hows)
+
+
+def unit_rms(folder):
+    """The prepared folder again, its z divided by their root mean square, beside the first; what
+    does not change is linked. Its name."""
+    with open(f"{folder}/meta.json") as file:
+        meta = json.load(file)
+    out = f"{folder.rstrip('/')}-unit"
+    scale = 1 / float(np.sqrt(np.mean(np.square(meta["z_rms"]))))
+    if os.path.exists(f"{out}/meta.json"):
+        return out
+    os.makedirs(out, exist_ok=True)
+    for name in ("x.npy", "y.npy", "f.npy"):
+        if os.path.exists(f"{folder}/{name}") and not os.path.exists(f"{out}/{name}"):
+            os.link(f"{folder}/{name}", f"{out}/{name}")
+    np.save(f"{out}/z.npy", (np.load(f"{folder}/z.npy").astype(np.float32) * scale)
+            .astype(np.float16))
+    for name in ("z_std", "z_rms"):
+        meta[name] = [value * scale for value in meta[name]]
+    meta["pca_scale"] *= scale
+    data.write_json(f"{out}/meta.json", meta | {"name": f"{meta['name']}, z of unit RMS"})
+    return out
 
 
 def hardware():
@@ -83,81 +132,143 @@ def rows_of(path):
 
 def images_per_s(out):
     """Median training speed over the lines of a run's log."""
-    return statistics.median(row["images_per_s"] for row in rows_of(f"{out}/log.jsonl"))
+    return statistics.median(row["images_per_s"] for row in rows_of(f"{out}/log.jsonl")
+                             if "images_per_s" in row)
+
+
+def kept(path, key, make):
+    """The row of a .jsonl file that says all that key says; if there is none, make()'s is added."""
+    for row in rows_of(path):
+        if key.items() <= row.items():
+            return row
+    row = key | make() | {"hardware": hardware(), "date": time.strftime("%Y-%m-%d")}
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    train.append(path, row)
+    return row
+
+
+def judge_samples(net, meta, judge, n, device="cpu", **how):
+    """The metrics of n samples, without counts in their names, and the seconds that they and their
+    judgement took; how: sample_batches()'s arguments."""
+    start = time.perf_counter()
+    metrics = train.evaluate(net.to(device), judge, n, meta, device, **how)
+    return {"seconds": time.perf_counter() - start} | {
+        name.split(f"_{n}_vs_")[0]: value for name, value in metrics.items()}
+
+
+def train_and_judge(args, jobs, flags, judge, device="cpu"):
+    """Train the runs of jobs and judge their samples, seed by seed, but for those whose rows are
+    there; the rows, by (run, what it was sampled with)."""
+    rows, script = {}, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+    jobs = [job for job in jobs if not args.only or job[0] in args.only]
+    for seed, (name, of_run, hows) in itertools.product(args.seeds, jobs):
+        out = f"{args.out}/{name.replace(' ', '_')}-{args.steps}-{seed}"
+
+        @functools.cache
+        def trained():
+            if not os.path.exists(f"{out}/sheet.png"):               # the last that it writes
+                subprocess.run([sys.executable, script, *flags, *of_run, f"--steps={args.steps}",
+                                f"--seed={seed}", "--out", out], check=True)
+            return sample.load_model(f"{out}/ckpt.pt")
+
+        def made():
+            net, about = trained()
+            how_many = {"steps": about["settings"]["sample_steps"]} | how
+            metrics = judge_samples(net, about["meta"], judge(), args.n, device, **how_many)
+            distances = [[row["step"], next(value for key, value in row.items() if
+                                            key.startswith("frechet"))]
+                         for row in rows_of(f"{out}/log.jsonl") if "eval_seconds" in row]
+            return metrics | {"images_per_s": images_per_s(out), "curve": distances}
+
+        for how in hows:
+            key = {"run": name, "training_steps": args.steps, "seed": seed, "n": args.n} | how
+            rows.setdefault((name, *how.items()), []).append(kept(f"{args.out}/rows.jsonl", key,
+                                                                  made))
+    return rows
+
+
+def mean_and_spread(values, digits=2):
+    """"mean ± standard deviation", or the one value."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def digits(args):
-    """Train and judge every run of digit_runs(), then print the table."""
-    os.makedirs(args.out, exist_ok=True)
-    rows_path, rows = f"{args.out}/rows.jsonl", rows_of(f"{args.out}/rows.jsonl")
-    settings = [f"--{name}={value}" for name, value in (("steps", args.steps), ("seed", args.seed))]
-    for name, (flags, samplings) in digit_runs().items():
-        if args.only and name not in args.only:
-            continue
-        out = f"{args.out}/{name}-{args.steps}-{args.seed}"
-        there = [(row["out"], row["n"], row["solver"], row["w_r"]) for row in rows]
-        missing = [sampling for sampling in samplings if (out, args.n, *sampling) not in there]
-        if missing and not os.path.exists(f"{out}/results.json"):
-            script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
-            command = [sys.executable, script, *flags, *settings, "--out", out]
-            subprocess.run(command, check=True)
-        for solver, w_r in missing:
-            net, about = sample.load_model(f"{out}/ckpt.pt")
-            metrics = judge_samples(net, args.n, steps=about["settings"]["sample_steps"],
-                                    solver=solver, w_r=w_r)
-            rows.append({"out": out, "run": name, "solver": solver, "w_r": w_r, "n": args.n,
-                         "steps": args.steps, "seed": args.seed, **metrics,
-                         "images_per_s": images_per_s(out), "hardware": hardware(),
-                         "date": time.strftime("%Y-%m-%d")})
-            with open(rows_path, "a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-    wanted = [row for row in rows
-              if (row["steps"], row["seed"], row["n"]) == (args.steps, args.seed, args.n)]
-    print(f"{args.steps} steps of {train.DIGITS['batch_size']}, {args.n} samples, seed "
-          f"{args.seed}; {hardware()}, {time.strftime('%Y-%m-%d')}\n\n"
-          "| run | solver | w_r | Fréchet, classifier | Fréchet, pixels | read as asked % | "
-          "training images/s |\n|---|---|---|---|---|---|---|")
-    for row in wanted:
-        shown = [row[next(key for key in row if key.startswith(prefix))]
-                 for prefix in ("frechet_classifier", "frechet_pixels")]
-        read = f"{row['read_as_asked_percent']:.1f}" if "read_as_asked_percent" in row else ""
-        print(f"| {row['run']} | {row['solver']} | {row['w_r']:g} | {shown[0]:.2f} | "
-              f"{shown[1]:.2f} | {read} | {row['images_per_s']:.0f} |")
+    """Train and judge every method on digits, and print the table."""
+    rows = train_and_judge(args, digit_jobs(args), [], lambda: fid.Judge("digits"))
+    print("| run | w_r | Fréchet, classifier | Fréchet, pixels | read as asked % | training "
+          "images/s |\n|---|---|---|---|---|---|")
+    for (name, *how), of_seeds in rows.items():
+        cells = [mean_and_spread([row[metric] for row in of_seeds]) if metric in of_seeds[0] else ""
+                 for metric in ("frechet_classifier", "frechet_pixels", "read_as_asked_percent")]
+        speed = statistics.median(row["images_per_s"] for row in of_seeds)
+        print(f"| {name} | {dict(how)['w_r']:g} | {' | '.join(cells)} | {speed:.0f} |")
+    print(f"\n{args.steps} steps of {train.DIGITS['batch_size']}, {args.n} samples; mean ± "
+          f"standard deviation of the seeds {args.seeds}; {hardware()}, "
+          f"{time.strftime('%Y-%m-%d')}")
 
 
-def judge_samples(net, n, **how):
-    """fid.judge_digits() of n samples, and the seconds that they took; how: sample_batches()'s."""
-    y = sample.choose_labels("balanced" if net.n_classes else "random", n, net.n_classes, 0)
-    start = time.perf_counter()
-    x, _ = sample.generate(net, y, batch_size=125, progress=True, **how)
-    seconds = time.perf_counter() - start
-    metrics = fid.judge_digits(data.to_images(x), y.numpy() if net.n_classes else None)
-    return {"seconds": seconds} | metrics
+def photo_judge(args, meta, space):
+    """The moments of the validation photographs in a Space: the file that has them."""
+    path = f"{args.out}/reference-{space.name}-{meta['image_size']}.npz"
+    if not os.path.exists(path):
+        files, _, _ = data.list_images(args.val)
+        batches = data.Batches(args.val, files, np.arange(len(files)), 32, meta["image_size"])
+        images = (images[good].permute(0, 3, 1, 2) for _, images, good in batches.loader(2))
+        os.makedirs(args.out, exist_ok=True)
+        fid.save_statistics(path, fid.measure(images, len(files), space, args.val, keep=False),
+                            space)
+    return path
 
 
-def judged(args, rows, path, how):
+def photos(args):
+    """Train and judge the runs of a table on photographs, and print it."""
+    device = data.pick_device(args.device)
+    meta = data.Prepared(args.data).meta
+    space = fid.Space(args.features, args.weights,
+                      data.key_values(args.features_kwargs, "features_kwargs"), device)
+    reference = photo_judge(args, meta, space)
+    every = max(args.steps // 5, 1)
+    flags = [f"--{name}={value}" for name, value in {
+        "data": args.data, "batch_size": args.batch_size, "lr": args.lr, "eval_every": every,
+        "ckpt_every": every, "preview_every": args.steps, "log_every": max(args.steps // 50, 1),
+        "sample_steps": args.sample_steps, "eval_n": args.eval_n, "eval_reference": reference,
+        "eval_features": args.features, "eval_weights": args.weights}.items()
+        if value is not None]
+    flags += ["--eval_kwargs", *args.features_kwargs] if args.features_kwargs else []
+    rows = train_and_judge(args, photo_jobs(args), flags, functools.cache(
+        lambda: fid.Judge(fid.stored_statistics(reference, space), space)), device)
+    points = [k * every for k in range(1, 6)]
+    header = " | ".join(f"{step:,} steps" for step in points)
+    print(f"| run | sampled with | {header} | at the end, "
+          f"{args.n:,} samples | training images/s |\n|---|---|{'---|' * 5}---|---|")
+    for (name, *how), of_seeds in rows.items():
+        curves = [dict(row["curve"]) for row in of_seeds]
+        cells = [mean_and_spread([curve[step] for curve in curves], 0)
+                 if all(step in curve for curve in curves) else "" for step in points]
+        cells += [mean_and_spread([row[f"frechet_{args.features}"] for row in of_seeds], 0)]
+        speed = statistics.median(row["images_per_s"] for row in of_seeds)
+        print(f"| {name} | {', '.join(f'{key} {value}' for key, value in how)} | "
+              f"{' | '.join(cells)} | {speed:.0f} |")
+    print(f"\nFréchet distances, {args.features}: {args.eval_n:,} samples while training, against "
+          f"{args.val}; batch {args.batch_size}, lr {args.lr:g}, {args.sample_steps} calls a "
+          f"sample, seeds {args.seeds}; {hardware()}, {time.strftime('%Y-%m-%d')}")
+
+
+def judged(args, path, how):
     """The row of n digits that the checkpoint `path` makes with sample_batches()'s arguments `how`:
-    one of rows if it is there, else made, judged and kept."""
+    made, judged and kept if it is not there."""
     net, about = sample.load_model(path)
-    key = {"ckpt": f"{about['arch']['name']} {data.weights_hash(net)[:16]}", "n": args.n} | how
-    for row in rows:
-        if key.items() <= row.items():
-            return row
     if about["meta"]["name"] != "digits":
         raise data.UserError(f"{path}: these tables judge digits, and it was trained on "
                              f"{about['meta']['name']}")
-    metrics = judge_samples(net, args.n, **how)
-    row = key | {"hardware": hardware(), "date": time.strftime("%Y-%m-%d")}
-    row |= {name.removesuffix(f"_{args.n}_vs_179"): value for name, value in metrics.items()}
-    os.makedirs(args.out, exist_ok=True)
-    with open(f"{args.out}/rows.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
-    return row
+    key = {"ckpt": f"{about['arch']['name']} {data.weights_hash(net)[:16]}", "n": args.n} | how
+    return kept(f"{args.out}/rows.jsonl", key, lambda: judge_samples(
+        net, about["meta"], fid.Judge("digits"), args.n, **how))
 
 
 def few_steps(args):
     """Print quality and time of every solver of the checkpoints over its network calls."""
-    rows = rows_of(f"{args.out}/rows.jsonl")
     print("| model | solver | calls | Fréchet, classifier | Fréchet, pixels | read as asked % | "
           "seconds |\n|---|---|---|---|---|---|---|")
     for path in args.ckpt:
@@ -165,7 +276,7 @@ def few_steps(args):
         name = about["arch"]["name"]
         for solver in sample.SOLVERS[model.FAMILIES[model.parse_name(name)[0]]]:
             for steps in args.calls:
-                row = judged(args, rows, path, {"solver": solver, "steps": steps})
+                row = judged(args, path, {"solver": solver, "steps": steps})
                 read = row.get("read_as_asked_percent", math.nan)
                 print(f"| {name} | {solver} | {steps} | {row['frechet_classifier']:.2f} | "
                       f"{row['frechet_pixels']:.2f} | {read:.1f} | {row['seconds']:.1f} |",
@@ -175,13 +286,13 @@ def few_steps(args):
 
 def guidance(args):
     """Print w_r x w_cfg: Fréchet distance in classifier space / read as asked %."""
-    rows, path = rows_of(f"{args.out}/rows.jsonl"), args.ckpt[0]
+    path = args.ckpt[0]
     _, about = sample.load_model(path)
     steps = about["settings"]["sample_steps"]
     print(f"| w_r | {' | '.join(f'w_cfg {w:g}' for w in args.w_cfg)} |\n|---"
           + "|---" * len(args.w_cfg) + "|")
     for w_r in args.w_r:
-        cells = [judged(args, rows, path, {"steps": steps, "w_cfg": w_cfg, "w_r": w_r})
+        cells = [judged(args, path, {"steps": steps, "w_cfg": w_cfg, "w_r": w_r})
                  for w_cfg in args.w_cfg]
         print(f"| {w_r:g} | " + " | ".join(
             f"{row['frechet_classifier']:.2f} / {row.get('read_as_asked_percent', math.nan):.1f}"
@@ -669,16 +780,44 @@ def parser():
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = p.add_subparsers(required=True, metavar="TABLE")
-    q = tables.add_parser("digits", help="every fusion and process on digits", allow_abbrev=False)
+
+    def runs(q, steps, out):
+        q.add_argument("--steps", type=int, default=steps,
+                       help="training steps of each run (default: %(default)s)")
+        q.add_argument("--n", type=int, default=N_DIGITS,
+                       help="samples a row (default: %(default)s)")
+        q.add_argument("--seeds", type=int, nargs="+", default=[0],
+                       help="of training, a run for each (default: 0)")
+        q.add_argument("--only", nargs="+", metavar="RUN", help="just these, as the table names "
+                                                                "them (default: all)")
+        q.add_argument("--out", default=out, metavar="DIR",
+                       help="runs and rows (default: %(default)s)")
+
+    q = tables.add_parser("digits", help="methods on digits", allow_abbrev=False)
     q.set_defaults(table=digits)
-    q.add_argument("--steps", type=int, default=train.DIGITS["steps"],
-                   help="training steps of each run (default: %(default)s)")
-    q.add_argument("--n", type=int, default=N_DIGITS, help="samples a row (default: %(default)s)")
-    q.add_argument("--seed", type=int, default=0, help="of training (default: %(default)s)")
-    q.add_argument("--only", nargs="+", choices=list(digit_runs()), metavar="RUN",
-                   help=f"just these (default: all): {' '.join(digit_runs())}")
-    q.add_argument("--out", default="runs/digits", metavar="DIR",
-                   help="runs and rows (default: %(default)s)")
+    q.add_argument("--family", default="SiT", choices=list(model.FAMILIES),
+                   help="default: %(default)s")
+    runs(q, train.DIGITS["steps"], "runs/digits")
+    q = tables.add_parser("photos", help="methods, settings and guidance on photographs",
+                          allow_abbrev=False)
+    q.set_defaults(table=photos)
+    q.add_argument("name", choices=["methods", "unconditional", "settings", "guidance"],
+                   help="which table")
+    q.add_argument("--data", required=True, metavar="DIR", help="photographs that data.py prepared")
+    q.add_argument("--val", required=True, metavar="DIR", help="other photographs: the reference")
+    q.add_argument("--features", default="inception", help="as for fid.py")
+    q.add_argument("--weights", metavar="FILE", help="as for fid.py")
+    q.add_argument("--features_kwargs", nargs="*", default=[], metavar="KEY=VALUE",
+                   help="as for fid.py")
+    q.add_argument("--size", default="S", choices=list(model.SIZES),
+                   help="of the networks (default: %(default)s)")
+    q.add_argument("--batch_size", type=int, default=256, help="default: %(default)s")
+    q.add_argument("--lr", type=float, default=1e-4, help="default: %(default)s")
+    q.add_argument("--sample_steps", type=int, default=50, help="default: %(default)s")
+    q.add_argument("--eval_n", type=int, default=N_DIGITS,
+                   help="samples at each point of the curves (default: %(default)s)")
+    q.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    runs(q, 20_000, "runs/photos")
     for table, text in ((few_steps, "solvers over their network calls, on digits"),
                         (guidance, "w_r x w_cfg, on digits")):
         q = tables.add_parser(table.__name__, help=text, allow_abbrev=False)

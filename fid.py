@@ -350,8 +350,9 @@ class Statistics:
     pool: torch.Tensor | None = None            # (n, d) float32, for precision and recall
 
 
-def measure(images, space, batch_size=32, workers=0, keep=True):
-    """The Statistics of Images in a Space; keep: pool, too."""
+def measure(batches, n, space, name="", keep=True):
+    """The Statistics, in a Space, of batches uint8 (B, 3, H, W) of n images in all; keep: pool,
+    too."""
     moments, score, kept, waiting = [], InceptionScore(), [], []
 
     def flush():                                           # many rows at once: 12 times as fast
@@ -359,8 +360,8 @@ def measure(images, space, batch_size=32, workers=0, keep=True):
             each.update(torch.cat(parts).numpy())
         waiting.clear()
 
-    with tqdm(total=images.n, desc=images.path, unit="image") as bar:
-        for batch in images.batches(batch_size, workers):
+    with tqdm(total=n, desc=name, unit="image") as bar:
+        for batch in batches:
             features = [part.float().cpu() for part in space(batch)]
             if features[0].shape[1] > MAX_D:
                 raise data.UserError(f"--features {space.name}: {features[0].shape[1]} channels "
@@ -376,7 +377,7 @@ def measure(images, space, batch_size=32, workers=0, keep=True):
             bar.update(len(batch))
     flush()
     done = [(each.mean, each.cov) for each in moments]
-    return Statistics(images.n, done[0], *done[1:], score=score if space.name == "inception" else
+    return Statistics(n, done[0], *done[1:], score=score if space.name == "inception" else
                       None, pool=torch.cat(kept) if keep else None)
 
 
@@ -417,10 +418,14 @@ def save_statistics(path, statistics, space):
     pca.write_whole(path, lambda file: np.savez(file, **arrays))
 
 
+def named_distance(space, n, reference):
+    """What a distance of n samples to the Statistics `reference` is called."""
+    return f"frechet_{space.name}_{n}_vs_{reference.n or 'stored'}"
+
+
 def compare(samples, reference, space):
     """Metrics by name of two Statistics in one Space, samples first."""
-    counts = f"{samples.n}_vs_{reference.n or 'stored'}"
-    name = "fid" if space.name == "inception" else f"frechet_{space.name}_{counts}"
+    name = "fid" if space.name == "inception" else named_distance(space, samples.n, reference)
     metrics = {name: frechet_distance(*samples.pool_moments, *reference.pool_moments)}
     if samples.spatial_moments and reference.spatial_moments:
         metrics["sfid"] = frechet_distance(*samples.spatial_moments, *reference.spatial_moments)
@@ -492,8 +497,9 @@ def judge(args):
     return judge_digits(batches, y)
 
 
-def statistics_of(path, space, args, precision_recall):
-    """The Statistics of a path: those that it stores, as far as it does, else of its images."""
+def statistics_of(path, space, precision_recall=False, batch_size=32, workers=0):
+    """The Statistics of a path: those that it stores, as far as it does, else of its images.
+    UserError if it holds neither, or moments of another space."""
     stored = stored_statistics(path, space)
     if stored and (stored.pool is not None or not precision_recall):
         return stored
@@ -501,10 +507,33 @@ def statistics_of(path, space, args, precision_recall):
         with zipfile.ZipFile(path) as archive:
             if "arr_0.npy" not in archive.namelist():
                 return stored
-    measured = measure(Images(path), space, args.batch_size, args.workers, precision_recall)
+    images = Images(path)
+    measured = measure(images.batches(batch_size, workers), images.n, space, path,
+                       precision_recall)
     if stored:                                 # ADM's: moments of all images, arr_0 some of them
         stored.pool = measured.pool
     return stored or measured
+
+
+class Judge:
+    """Sees samples of one model again and again, while it is trained. reference: "digits", for
+    judge_digits(); else the Statistics of real images in a Space, whose distance is measured."""
+    def __init__(self, reference, space=None):
+        self.reference, self.space = reference, space
+
+    def see(self, images):
+        """What metrics() needs of images uint8 (B, H, W, 3): an array of B rows."""
+        if self.reference == "digits":
+            return images
+        return self.space(torch.from_numpy(images).permute(0, 3, 1, 2))[0].float().cpu().numpy()
+
+    def metrics(self, seen, y=None):
+        """Metrics by name of all that was seen, (n, ...); y (n,): the classes, None without."""
+        if self.reference == "digits":
+            return judge_digits(seen, y)
+        moments = pca.Moments(seen.shape[1]).update(seen)
+        return {named_distance(self.space, len(seen), self.reference): frechet_distance(
+            moments.mean, moments.cov, *self.reference.pool_moments)}
 
 
 def main(args):
@@ -523,7 +552,7 @@ def main(args):
     settings = data.key_values(args.features_kwargs or [], "features_kwargs")
     space = Space(args.features, args.weights, settings, data.pick_device(args.device))
     inception = space.name == "inception"
-    samples, reference = (statistics_of(path, space, args, inception)
+    samples, reference = (statistics_of(path, space, inception, args.batch_size, args.workers)
                           for path in (args.samples, args.reference))
     if args.save_stats:
         save_statistics(args.save_stats, reference, space)

@@ -1379,7 +1379,14 @@ def losses(out):
     """The comparable part of log.jsonl: steps and losses."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [{name: line[name] for name in line if name not in ("images_per_s", "waited_percent")}
-            for line in lines]
+            for line in lines if "loss" in line]
+
+
+def evaluations(out):
+    """The lines of --eval_every, without their time."""
+    rows = (json.loads(line) for line in (out / "log.jsonl").read_text().splitlines())
+    return [{name: row[name] for name in row if name != "eval_seconds"}
+            for row in rows if "eval_seconds" in row]
 
 
 def same_weights(out_1, out_2, parts=("net", "ema")):
@@ -1445,6 +1452,55 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(
     assert len(losses(tmp_path / "out")) == 4 and same_weights(tmp_path / "out", tmp_path / "whole")
     kept = {path.name for path in (tmp_path / "out").glob("ckpt*")}
     assert kept == {"ckpt.pt", "ckpt_prev.pt", "ckpt_0000003.pt", "ckpt_0000006.pt"}
+
+
+def test_quality_is_measured_once_at_each_point_however_often_the_run_is_killed(
+        workdir, tmp_path, monkeypatch):
+    """Killed in a measurement, told to stop in one, killed after one whose checkpoint is there; by
+    two processes, which share the samples. At the end it is what anybody measures."""
+    monkeypatch.chdir(workdir)
+    monkeypatch.setattr(train, "JUDGED_AT_ONCE", 20)
+    stop = lambda *args: os.kill(os.getpid(), signal.SIGTERM)
+    flags = "--eval_every 3 --eval_n 50 --steps 6 --ckpt_every 100"
+    assert train_together(tmp_path / "whole", flags) == [0]
+    for at_call, die, code in (((fid.Judge, "see", 1), None, -signal.SIGKILL),
+                               ((fid.Judge, "see", 0), stop, 128 + signal.SIGTERM),
+                               ((train.Trainer, "update", 1), None, -signal.SIGKILL),
+                               ((train.Trainer, "update", 1), None, -signal.SIGKILL)):
+        assert code in train_together(tmp_path / "out", flags, 2, at_call=at_call, die=die)
+    assert train_together(tmp_path / "out", flags, 2) == [0, 0]
+    measured = evaluations(tmp_path / "out")
+    assert [row["step"] for row in measured] == [3, 6]
+    for one, other in zip(evaluations(tmp_path / "whole"), measured, strict=True):
+        assert other == pytest.approx(one, rel=1e-3)
+    net, about = sample.load_model(str(tmp_path / "out/ckpt.pt"))
+    x, _ = sample.generate(net, torch.arange(50) % 10, about["settings"]["sample_steps"])
+    expected = fid.judge_digits(data.to_images(x), np.arange(50) % 10)
+    assert measured[1] == pytest.approx({"step": 6} | expected, rel=1e-3)
+
+
+def test_photographs_are_measured_against_training_images_or_a_given_reference(
+        photos, prepared, tmp_path, capsys):
+    folder = str(photos / "prepared")
+    flags = (f"--data {folder} --model SiT-T/2 --r 4 --steps 2 --batch_size 4 --sample_steps 3 "
+             f"--eval_every 2 --eval_n 6 --eval_features pixels --out {tmp_path}/")
+    source = data.Prepared(folder, 4)
+    images = data.decode(source.batch(source.examples(6))[0], source.meta)
+    np.savez(tmp_path / "reference.npz", arr_0=images)
+    for name, reference in (("a", ""), ("b", f"--eval_reference {tmp_path / 'reference.npz'}")):
+        main(train, f"{flags}{name} {reference}")
+    net, _ = sample.load_model(str(tmp_path / "a/ckpt.pt"))
+    x, _ = sample.generate(net, torch.arange(6) % net.n_classes, 3)
+    seen = [np.reshape(each, (6, -1)) / 127.5 for each in (data.decode(x, source.meta), images)]
+    key, expected = "frechet_pixels_6_vs_6", fid.distance_of_features(*seen)
+    (row,), (other,) = evaluations(tmp_path / "a"), evaluations(tmp_path / "b")
+    assert set(row) == {"step", key} and row == other
+    assert row[key] == pytest.approx(expected, rel=1e-3)
+    assert f"step 2: {key} {row[key]:.2f}" in capsys.readouterr().out
+    for wrong, words in (("--eval_reference digits", "give images"), ("--eval_n 1", "at least 2"),
+                         ("--eval_features nonsense", "--features nonsense cannot be had")):
+        with pytest.raises(data.UserError, match=words):
+            main(train, f"{flags}c {wrong}")
 
 
 def test_a_torn_log_line_is_dropped_and_what_is_there_is_repeated(workdir, tmp_path, monkeypatch,

@@ -24,7 +24,8 @@ import time
 # digits. ema: decay per step; sample_steps: network calls per image; *_every: steps.
 DEFAULTS = {"model": "SiT-T/2", "fusion": "merged", "unconditional": False, "lam_z": 1.0,
             "repa": 0.0, "p_drop_z": 0.2, "p_drop_y": 0.1, "grad_clip": 0.0, "init": None,
-            "seed": 0, "keep_every": 0}
+            "seed": 0, "keep_every": 0, "eval_every": 0, "eval_n": 1_000, "eval_reference": None,
+            "eval_features": "inception", "eval_weights": None, "eval_kwargs": []}
 PAPER = {"lr": 1e-4, "batch_size": 256, "steps": 400_000, "r": 8, "ema": 0.9999,
          "sample_steps": 250, "log_every": 100, "ckpt_every": 5_000, "preview_every": 25_000}
 DIGITS = {"lr": 3e-3, "batch_size": 128, "steps": 1_400, "r": 4, "ema": 0.995,
@@ -38,6 +39,7 @@ OF_THE_MACHINE = ("out", "restart", "device", "bf16", "compile", "grad_checkpoin
 REPA_WEIGHT = 0.5                       # REPA's own
 REPA_BLOCK = {"T": 2, "S": 4, "B": 4, "L": 8, "XL": 8}      # whose output is aligned; XL: REPA's
 N_JUDGED = 1_000                        # generated digits behind the closing numbers
+JUDGED_AT_ONCE = 125                    # samples a batch, for those and for --eval_every
 
 
 def parser():
@@ -80,6 +82,17 @@ def parser():
     setting("keep_every", "steps between checkpoints that are kept for good, as ckpt_STEP.pt; 0 is "
                           "off", int)
     setting("preview_every", "steps between preview sheets", int)
+    setting("eval_every", "steps between measurements of the EMA's samples, which log.jsonl gets; "
+                          "0 is off", int)
+    setting("eval_n", "samples that are measured, from the same noise every time", int)
+    setting("eval_reference", "what they are compared with: images or moments as fid.py takes "
+                              "them, or train: as many training images, decoded from their latents",
+            str, default="train; for --data digits held-out ones, by their own judges")
+    setting("eval_features", "space of the Fréchet distance, as fid.py's --features", str)
+    setting("eval_weights", "its weights, as fid.py's --weights", str, metavar="FILE",
+            default="downloaded")
+    setting("eval_kwargs", "arguments of timm.create_model for it", str, nargs="*",
+            metavar="KEY=VALUE", default="none")
     p.add_argument("--out", default="out", metavar="DIR", help="output folder (default: out)")
     p.add_argument("--restart", action="store_true",
                    help="start over where DIR holds a checkpoint, which becomes ckpt.pt.old")
@@ -102,6 +115,7 @@ def parser():
 if __name__ == "__main__":     # before torch, which takes seconds: --help and typos are quicker
     args = parser().parse_args()
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -157,7 +171,9 @@ def check(settings, n_processes, micro_batch_size=None, workers=1):
 
     for name in ("steps", "batch_size", "log_every", "ckpt_every", "preview_every"):
         need(name, lambda value: value >= 1, "at least 1")
-    need("keep_every", lambda value: value >= 0, "0 or more")
+    for name in ("keep_every", "eval_every"):
+        need(name, lambda value: value >= 0, "0 or more")
+    need("eval_n", lambda n: n >= 2, "at least 2, as a covariance needs them")
     for name in ("p_drop_z", "p_drop_y", "ema"):
         need(name, lambda value: 0 <= value <= 1, "between 0 and 1")
     for name in ("lam_z", "repa", "grad_clip"):
@@ -337,30 +353,72 @@ def save_checkpoint(out, checkpoint, keep=False):
     os.replace(new, path)
 
 
-def generate(ema, n, settings, batch_size, device, bf16, progress=False):
-    """n samples from the EMA, its first ten classes in turn, from the same noise at every call:
-    x, z, y."""
-    y = torch.arange(n) % (min(ema.n_classes, 10) or 1)
-    x, z = sample.generate(ema, y, settings["sample_steps"], batch_size=batch_size, device=device,
-                           bf16=bf16, progress=progress)
-    return x, z, y
-
-
 def preview(ema, settings, meta, device, bf16, path, rows=4):
-    """Save a sheet of samples from the EMA; up to ten classes, one a column."""
+    """Save a sheet of samples from the EMA, from the same noise at every call; up to ten classes,
+    one a column."""
     columns = min(ema.n_classes, 10) or 10
-    x, z, _ = generate(ema, columns * rows, settings, columns * rows // 2, device, bf16)
+    y = torch.arange(columns * rows) % (min(ema.n_classes, 10) or 1)
+    x, z = sample.generate(ema, y, settings["sample_steps"], batch_size=columns * rows // 2,
+                           device=device, bf16=bf16)
     picture = sample.sheet(data.decode(x, meta, device), z, meta["z_std"], columns)
     write_whole(path, lambda file: picture.save(file, "PNG"))
+
+
+def judge_of(settings, source, device, rank=0):
+    """The fid.Judge that --eval_* ask for; only the first process's has a reference. UserError if
+    its space or reference cannot be had, or the codec, without which there are no images."""
+    import fid                           # brings scikit-learn and SciPy: not before they are used
+    reference = settings["eval_reference"] or ("digits" if settings["data"] == "digits" else
+                                               "train")
+    if reference == "digits":
+        if settings["data"] != "digits":
+            raise data.UserError("--eval_reference digits: the data are others; give images")
+        return fid.Judge(reference)
+    data.codec_of(source.meta, device)
+    space = fid.Space(settings["eval_features"], settings["eval_weights"],
+                      data.key_values(settings["eval_kwargs"], "eval_kwargs"), device)
+    if rank > 0:
+        return fid.Judge(None, space)
+    if reference != "train":
+        return fid.Judge(fid.statistics_of(reference, space, batch_size=JUDGED_AT_ONCE), space)
+    n = min(settings["eval_n"], source.n)
+    latents = (source.batch(part)[0] for part in source.examples(n).split(JUDGED_AT_ONCE))
+    images = (torch.from_numpy(data.decode(x, source.meta, device)).permute(0, 3, 1, 2)
+              for x in latents)
+    return fid.Judge(fid.measure(images, n, space, "training images", keep=False), space)
+
+
+def evaluate(net, judge, n, meta, device, rank=0, n_processes=1, told=(), **how):
+    """The judge's metrics of n samples, classes in turn, from the same noise at every call; how:
+    sample_batches()'s arguments. All processes make some of them, and those but the first return
+    {}; None if one was told to stop meanwhile."""
+    y = torch.arange(n) % (net.n_classes or 1)
+    seen, batches = {}, range(rank, -(-n // JUDGED_AT_ONCE), n_processes)
+    with tqdm(total=len(batches), desc="judging", unit="batch", disable=rank > 0,
+              leave=False) as bar:
+        for rows, (x, *_) in sample.sample_batches(
+                net, y, batches, batch_size=JUDGED_AT_ONCE, device=device, **how):
+            seen[rows.start] = judge.see(data.decode(x[:len(rows)], meta, device))
+            bar.update()
+            if told:
+                break
+    found = [seen]
+    if dist.is_initialized():
+        found = [None] * n_processes
+        dist.all_gather_object(found, seen)
+    seen = {start: rows for of_rank in found for start, rows in of_rank.items()}
+    seen = np.concatenate([seen[start] for start in sorted(seen)])
+    if len(seen) < n:
+        return None
+    return {} if rank > 0 else judge.metrics(seen, y.numpy() if net.n_classes else None)
 
 
 def finish(ema, settings, meta, out, device, bf16):
     """The closing sheet and, for digits, the numbers of results.json."""
     if settings["data"] == "digits":
-        import fid                       # brings scikit-learn and SciPy: not before they are used
-        x, _, y = generate(ema, N_JUDGED, settings, 125, device, bf16, progress=True)
-        images = data.to_images(x)
-        metrics = fid.judge_digits(images, y.numpy() if ema.n_classes else None)
+        import fid
+        metrics = evaluate(ema, fid.Judge("digits"), N_JUDGED, meta, device,
+                           steps=settings["sample_steps"], bf16=bf16)
         results = {"step": settings["steps"], "n_images": N_JUDGED} | metrics
         text = json.dumps(results, indent=1).encode()
         write_whole(f"{out}/results.json", lambda file: file.write(text))
@@ -549,20 +607,37 @@ class Trainer:
         self.step += 1
 
 
-def train(trainer, out, rank, n_processes):
-    """To settings["steps"], with checkpoints, previews and log lines in out; returns None, or the
-    signal that ended it before."""
+def is_evaluated(path, step):
+    """Whether log.jsonl has a measurement of that step."""
+    if not os.path.exists(path):
+        return False
+    with open(path) as file:
+        return any(row["step"] == step and "eval_seconds" in row for row in map(json.loads, file))
+
+
+def append(path, entry):
+    with open(path, "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def train(trainer, out, rank, n_processes, judge=None):
+    """To settings["steps"], with checkpoints, previews and log lines in out; judge: for
+    --eval_every. Returns None, or the signal that ended it before."""
     settings, device, sums = trainer.settings, trainer.device, trainer.sums
+    log = f"{out}/log.jsonl"
+    evaluated = data.share(rank == 0 and is_evaluated(log, trainer.step))    # it was killed since
     first, steps, check = trainer.step, settings["steps"], None
     clock, logged, waited = time.perf_counter(), first, 0.0          # when and where the log stands
     batches = data.prefetch(trainer.assemble, range(first, steps), trainer.args.workers)
     with noted_signals() as told, contextlib.closing(batches), tqdm(
             total=steps, initial=first, unit="step", disable=rank > 0, mininterval=1) as bar:
-        stopping = False
+        stopping, metrics = False, {}
         while True:
             step, ending = trainer.step, stopping or trainer.step >= steps
             keep = settings["keep_every"] > 0 and step % settings["keep_every"] == 0
-            due = step > first and (ending or keep or step % settings["ckpt_every"] == 0)
+            to_judge = judge and step % settings["eval_every"] == 0 and step > 0 and not stopping
+            due = step > first and (ending or keep or to_judge
+                                    or step % settings["ckpt_every"] == 0)
             if due:
                 check.told_to_stop()                                 # is it finite?
             paused = time.perf_counter()
@@ -573,6 +648,18 @@ def train(trainer, out, rank, n_processes):
                     save_checkpoint(out, trainer.checkpoint(), keep)
                 else:
                     sums.zero_()
+            if to_judge and (step > first or not evaluated):         # saved first: it takes long
+                start = time.perf_counter()
+                metrics = evaluate(trainer.ema, judge, settings["eval_n"], trainer.meta, device,
+                                   rank, n_processes, told, steps=settings["sample_steps"],
+                                   bf16=trainer.args.bf16)
+                if metrics is None:
+                    break
+                if rank == 0:
+                    append(log, {"step": step} | metrics | {
+                        "eval_seconds": round(time.perf_counter() - start, 1)})
+                    bar.write(f"step {step}: " + ", ".join(
+                        f"{name} {value:.2f}" for name, value in metrics.items()))
             if ending:
                 break
             if rank == 0 and step > first and step % settings["preview_every"] == 0:
@@ -603,12 +690,11 @@ def train(trainer, out, rank, n_processes):
                     entry = log_entry(step, sums, settings,
                                       (step - logged) * settings["batch_size"] / seconds,
                                       waited / seconds)
-                    with open(f"{out}/log.jsonl", "a") as file:
-                        file.write(json.dumps(entry) + "\n")
+                    append(log, entry)
                     bar.set_postfix_str(f"loss {entry['loss']:.4f}")
                 sums.zero_()
                 clock, logged, waited = time.perf_counter(), step, 0.0
-    return (told or [signal.SIGTERM])[0] if step < steps else None
+    return (told or [signal.SIGTERM])[0] if step < steps or metrics is None else None
 
 
 def main(args):
@@ -660,7 +746,10 @@ def main(args):
               f"{json.dumps({name: getattr(args, name) for name in OF_THE_MACHINE})}", flush=True)
         truncate_log(f"{args.out}/log.jsonl", trainer.step)
     with clear_errors():
-        ended_by = train(trainer, args.out, rank, n_processes)
+        judge = None
+        if settings["eval_every"]:
+            judge = judge_of(settings, trainer.source, device, rank)
+        ended_by = train(trainer, args.out, rank, n_processes, judge)
     if n_processes > 1:
         dist.barrier()                                     # until rank 0 has saved
         dist.destroy_process_group()
