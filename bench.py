@@ -1,9 +1,11 @@
 """The README's tables, each by one command.
 
-    python bench.py digits                    # every fusion and process on digits
+    python bench.py digits --seeds 0 1 2      # every method on digits
+    python bench.py photos methods --data prepared/photos --val DIR     # and on photographs
     python bench.py few_steps --ckpt out/ckpt.pt out/ddpm/ckpt.pt       # solvers over their calls
     python bench.py guidance --ckpt out/ckpt.pt                        # w_r x w_cfg
     python bench.py sampling --official DIR   # samples/s beside the authors' sampler
+    python bench.py metrics --images DIR      # fid.py beside torch-fidelity
     python bench.py prepare --images DIR      # reading and writing of photographs, without networks
     python bench.py speed --official DIR      # training and sampling, beside the authors' code
     python bench.py scaling                   # the same over the number of processes
@@ -23,6 +25,7 @@ import math
 import os
 import platform
 import random
+import resource
 import socket
 import statistics
 import subprocess
@@ -368,6 +371,72 @@ def prepare(args):
         rates, sizes = zip(*rounds)
         print(f"| {name} | {statistics.median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f}) | "
               f"{sizes[0]:,.0f} | {sizes[0] * 1_281_167 / 1e9:.1f} |")
+
+
+def metrics(args):
+    """Print what fid.py and torch-fidelity say of the same photographs, and how long they take."""
+    files, _, _ = data.list_images(args.images)
+    files = files[np.random.default_rng(0).permutation(len(files))[:2 * args.n]]
+    n = len(files) // 2
+
+    def ours(sets, weights):
+        space = fid.Space("inception", weights)
+        return fid.compare(*(fid.statistics_of(path, space, True, 32, args.workers)
+                             for path in sets), space)
+
+    def theirs(sets, weights):
+        sys.path.insert(0, args.official)
+        import torch_fidelity
+        found = torch_fidelity.calculate_metrics(
+            input1=sets[0], input2=sets[1], feature_extractor_weights_path=weights, cuda=False,
+            fid=True, isc=True, prc=True, isc_splits=1, samples_shuffle=False, batch_size=32,
+            cache=False, verbose=False)
+        names = {"frechet_inception_distance": "fid", "inception_score_mean": "inception_score"}
+        return {names.get(name, name): value for name, value in found.items()}
+
+    ways = {"fid.py": ours} | ({"torch-fidelity": theirs} if args.official else {})
+    seconds, found = {name: [] for name in ways}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        sets, weights = [f"{folder}/samples", f"{folder}/reference"], args.weights
+        for i, file in enumerate(files[:2 * n]):
+            os.makedirs(sets[i // n], exist_ok=True)
+            image = data.load_image(os.path.join(args.images, os.fsdecode(file)), args.size)
+            data.Image.fromarray(image).save(f"{sets[i // n]}/{i:06d}.png")
+        if not weights:
+            import timm
+            torch.manual_seed(0)
+            weights = f"{folder}/random.pth"
+            torch.save(timm.create_model("inception_v3", num_classes=1008,
+                                         aux_logits=False).state_dict(), weights)
+        for _ in range(args.rounds):
+            for name, way in ways.items():
+                start = time.perf_counter()
+                found[name] = way(sets, weights)
+                seconds[name].append(time.perf_counter() - start)
+    shown = ("fid", "sfid", "inception_score", "precision", "recall")
+    print(f"| {n} + {n} images of {args.size} pixels | {' | '.join(shown)} | images/s: median "
+          "(least to most) |\n|---|---|---|---|---|---|---|")
+    for name, took in seconds.items():
+        cells = [f"{found[name][key]:.6g}" if key in found[name] else "" for key in shown]
+        rates = sorted(2 * n / each for each in took)
+        print(f"| {name} | {' | '.join(cells)} | {statistics.median(rates):.3g} ({rates[0]:.3g} to "
+              f"{rates[-1]:.3g}) |")
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(args.large, 2048, generator=generator)
+    start = time.perf_counter()
+    moments = pca.Moments(2048)
+    for part in features.split(fid.ROWS):
+        moments.update(part.numpy())
+    mean, cov, middle = moments.mean, moments.cov, time.perf_counter()
+    fid.frechet_distance(mean, cov, mean + 0.01, cov)
+    end, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reference = torch.randn(args.large // 5, 2048, generator=generator)
+    fid.precision_and_recall(features, reference)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(f"\n{args.large:,} x 2,048: moments {middle - start:.1f} s, Fréchet distance "
+          f"{end - middle:.1f} s; precision and recall against {args.large // 5:,}: "
+          f"{time.perf_counter() - end:.0f} s in {grown:.0f} MB more; {hardware()}, "
+          f"{time.strftime('%Y-%m-%d')}")
 
 
 def allocated():
@@ -845,6 +914,20 @@ def parser():
     q.add_argument("--rounds", type=int, default=3, help="repetitions (default: %(default)s)")
     q.add_argument("--workers", type=int, default=os.cpu_count(),
                    help="processes that read images (default: %(default)s)")
+    q = tables.add_parser("metrics", help="fid.py beside torch-fidelity", allow_abbrev=False)
+    q.set_defaults(table=metrics)
+    q.add_argument("--images", required=True, metavar="DIR", help="photographs, as for data.py")
+    q.add_argument("--official", metavar="DIR", help="where torch-fidelity is installed (pip "
+                                                     "install --no-deps --target DIR); without it "
+                                                     "ours alone")
+    q.add_argument("--weights", metavar="FILE", help="Inception's (default: random ones)")
+    q.add_argument("--n", type=int, default=200, help="images a side (default: %(default)s)")
+    q.add_argument("--size", type=int, default=256, help="their pixels (default: %(default)s)")
+    q.add_argument("--large", type=int, default=50_000,
+                   help="random features for the rest (default: %(default)s)")
+    q.add_argument("--rounds", type=int, default=3, help="repetitions (default: %(default)s)")
+    q.add_argument("--workers", type=int, default=os.cpu_count(),
+                   help="processes that read images for fid.py (default: %(default)s)")
     q = tables.add_parser("speed", help="training and sampling images/s", allow_abbrev=False)
     q.set_defaults(table=speed)
     q.add_argument("--models", nargs="+", choices=model.NAMES, metavar="MODEL",

@@ -432,7 +432,8 @@ def compare(samples, reference, space):
     if samples.score:
         metrics["inception_score"] = samples.score.score
     if samples.pool is not None and reference.pool is not None:
-        metrics["precision"], metrics["recall"] = precision_and_recall(samples.pool, reference.pool)
+        metrics["precision"], metrics["recall"] = precision_and_recall(
+            samples.pool.to(space.device), reference.pool.to(space.device))
     return metrics
 
 
@@ -594,7 +595,8 @@ def parser():
     p.add_argument("--workers", type=int, default=min(8, os.cpu_count()),
                    help="processes that read files; 0: none (default: %(default)s)")
     p.add_argument("--labels", action=argparse.BooleanOptionalAction, default=True,
-                   help="compare digits with the samples' y; --no-labels for unconditional models")
+                   help="compare digits with the classes y in the samples' .npz, which those of "
+                        "unconditional models lack (default: on)")
     p.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     return p
 

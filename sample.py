@@ -462,8 +462,10 @@ class Store:
         data.write_rows(self.path("done"), rows.start, np.ones(len(rows), np.uint8))
 
     def finish(self, y, with_z, made_with):
-        """samples.npz, whole or not at all, written piece by piece; then samples.json."""
-        arrays = {"arr_0": self["images"], "y": y} | ({"z": self["z"]} if with_z else {})
+        """samples.npz, whole or not at all, written piece by piece; then samples.json. y None: no
+        classes."""
+        arrays = {"arr_0": self["images"]} | ({} if y is None else {"y": y})
+        arrays |= {"z": self["z"]} if with_z else {}
         pca.write_whole(f"{self.out}/samples.npz", lambda file: np.savez(file, **arrays))
         data.write_json(f"{self.out}/samples.json", {"settings": self.settings,
                                                      "made_with": made_with})
@@ -592,7 +594,7 @@ def make(store, net, y, meta, args, options):
         z = store["z"][:args.n_sheet] if net.r else None
         picture = sheet(images, z, z_std_of(meta, z))
         pca.write_whole(f"{args.out}/sheet.png", lambda file: picture.save(file, "PNG"))
-        store.finish(y.numpy(), args.save_z, {
+        store.finish(y.numpy() if net.n_classes else None, args.save_z, {
             "batch_size": size, "processes": n_ranks, "device": str(options["device"]),
             "compile": args.compile, "torch": torch.__version__})
         print(f"{len(y)} images of {args.ckpt} ({store.settings['ckpt']}): {args.out}/sheet.png "
