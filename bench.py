@@ -2,6 +2,7 @@
 
     python bench.py digits --seeds 0 1 2      # every method on digits
     python bench.py photos methods --data prepared/photos --val DIR     # and on photographs
+    python bench.py curves                    # their distances over steps, a picture
     python bench.py few_steps --ckpt out/ckpt.pt out/ddpm/ckpt.pt       # solvers over their calls
     python bench.py guidance --ckpt out/ckpt.pt                        # w_r x w_cfg
     python bench.py sampling --official DIR   # samples/s beside the authors' sampler
@@ -51,7 +52,7 @@ N_DIGITS = 1_000                         # samples behind each row
 # what a run is trained for -> train.py's flags
 METHODS = {"none": ["--fusion=none"], "REPA": ["--fusion=none", f"--repa={train.REPA_WEIGHT}"],
            "merged": ["--fusion=merged"], "separate": ["--fusion=separate"],
-           "merged + REPA": ["--fusion=merged", f"--repa={train.REPA_WEIGHT}"]}
+           "merged+REPA": ["--fusion=merged", f"--repa={train.REPA_WEIGHT}"]}
 
 
 def digit_jobs(args):
@@ -59,7 +60,7 @@ def digit_jobs(args):
     for of, flag in (("unconditional", ["--unconditional"]), ("conditional", [])):
         for method in ("none", "REPA", "merged", "separate"):
             weights = (1.0, 1.5) if method in model.FUSIONS[1:] else (1.0,)
-            yield (f"{args.family} {of} {method}",
+            yield (f"{args.family}-{of}-{method}",
                    [f"--model={args.family}-T/2", *METHODS[method], *flag],
                    [{"w_r": w_r} for w_r in weights])
 
@@ -72,24 +73,28 @@ def photo_jobs(args):
     if args.name == "methods":
         for family in ("SiT", "DiT"):
             for method in METHODS:
-                yield job(f"{family} {method}", family, method)
+                yield job(f"{family}-{method}", family, method)
     elif args.name == "unconditional":
         for family in ("DiT", "SiT"):
-            yield job(f"{family} none", family, "none")
-            yield job(f"{family} unconditional none", family, "none", "--unconditional")
-            yield job(f"{family} unconditional merged", family, "merged", "--unconditional",
+            yield job(f"{family}-none", family, "none")
+            yield job(f"{family}-unconditional-none", family, "none", "--unconditional")
+            yield job(f"{family}-unconditional-merged", family, "merged", "--unconditional",
                       hows=[{"w_r": w_r} for w_r in (1.0, 1.1, 1.5, 2.0)])
     elif args.name == "settings":
         for flag, values in (("r", (1, 2, 4, 8, 16)), ("lam_z", (0.25, 1.0, 4.0)),
                              ("p_drop_z", (0.0, 0.1, 0.2, 0.5))):
             for value in values:
-                yield job(f"SiT merged {flag} {value:g}", "SiT", "merged", f"--{flag}={value}")
-        yield job("SiT merged z of unit RMS", "SiT", "merged", f"--data={unit_rms(args.data)}")
+                yield job(f"SiT-merged-{flag}-{value:g}", "SiT", "merged", f"--{flag}={value}")
+        yield job("SiT-merged-z-of-unit-RMS", "SiT", "merged", f"--data={unit_rms(args.data)}")
     elif args.name == "guidance":
         hows = [{"w_cfg": w_cfg, "w_r": w_r} for w_r in (1.0, 1.5)
                 for w_cfg in (1.0, 1.5, 2.0, 4.0)]
         hows += [{"w_cfg": w_cfg, "w_r": 1.0, "cfg_on": "both"} for w_cfg in (1.5, 2.0, 4.0)]
-        yield job("SiT merged", "SiT", "merged", hows=hows)
+        yield job("SiT-merged", "SiT", "merged", hows=hows)
+    elif args.name == "features":
+        yield job("SiT-merged", "SiT", "merged")
+        if args.two_levels:
+            yield job("SiT-merged-two-levels", "SiT", "merged", f"--data={args.two_levels}")
 
 
 def unit_rms(folder):
@@ -151,11 +156,15 @@ def kept(path, key, make):
 
 
 def judge_samples(net, meta, judge, n, device="cpu", **how):
-    """The metrics of n samples, without counts in their names, and the seconds that they and their
-    judgement took; how: sample_batches()'s arguments."""
+    """The metrics of n samples of classes in turn, without counts in their names, and the seconds
+    that sampling took; how: sample_batches()'s arguments."""
+    y, size = torch.arange(n) % (net.n_classes or 1), train.JUDGED_AT_ONCE
     start = time.perf_counter()
-    metrics = train.evaluate(net.to(device), judge, n, meta, device, **how)
-    return {"seconds": time.perf_counter() - start} | {
+    x, _ = sample.generate(net.to(device), y, batch_size=size, device=device, progress=True, **how)
+    seconds = time.perf_counter() - start
+    seen = np.concatenate([judge.see(data.decode(part, meta, device)) for part in x.split(size)])
+    metrics = judge.metrics(seen, y.numpy() if net.n_classes else None)
+    return {"seconds": seconds} | {
         name.split(f"_{n}_vs_")[0]: value for name, value in metrics.items()}
 
 
@@ -165,7 +174,7 @@ def train_and_judge(args, jobs, flags, judge, device="cpu"):
     rows, script = {}, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
     jobs = [job for job in jobs if not args.only or job[0] in args.only]
     for seed, (name, of_run, hows) in itertools.product(args.seeds, jobs):
-        out = f"{args.out}/{name.replace(' ', '_')}-{args.steps}-{seed}"
+        out = f"{args.out}/{name}-{args.steps}-{seed}"
 
         @functools.cache
         def trained():
@@ -224,8 +233,39 @@ def photo_judge(args, meta, space):
     return path
 
 
+def probe(args, path, device):
+    """Accuracy on real z of the photographs in args.val_data of two linear classifiers: one has
+    learned from as many generated z with the classes that were asked for, one from real z."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    net, about = sample.load_model(path)
+    source, val = (data.Prepared(folder, net.r) for folder in (args.data, args.val_data))
+    for key in ("z_std", "classes", "z_size"):
+        if source.meta[key] != val.meta[key]:
+            raise data.UserError(f"--val_data {args.val_data} has another {key} than {args.data}: "
+                                 f"prepare it with data.py --pca {args.data}/pca.npz")
+    y = torch.arange(args.n) % net.n_classes
+    _, generated = sample.generate(net.to(device), y, about["settings"]["sample_steps"],
+                                   batch_size=train.JUDGED_AT_ONCE, device=device, progress=True)
+    real, test = (each.batch(each.examples(min(n, each.n)))[1:3]
+                  for each, n in ((source, args.n), (val, val.n)))
+
+    def accuracy(z, y):
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        classifier.fit(flat(z), y.numpy())
+        return 100 * classifier.score(flat(test[0]), test[1].numpy())
+
+    def flat(z):                                           # from x's grid to z's own
+        return F.adaptive_avg_pool2d(z, source.meta["z_size"]).flatten(1).numpy()
+
+    return {"from_generated_z": accuracy(generated, y), "from_real_z": accuracy(*real)}
+
+
 def photos(args):
     """Train and judge the runs of a table on photographs, and print it."""
+    if args.name == "features" and not args.val_data:
+        raise data.UserError("features needs --val_data, to test the generated features")
     device = data.pick_device(args.device)
     meta = data.Prepared(args.data).meta
     space = fid.Space(args.features, args.weights,
@@ -253,9 +293,50 @@ def photos(args):
         speed = statistics.median(row["images_per_s"] for row in of_seeds)
         print(f"| {name} | {', '.join(f'{key} {value}' for key, value in how)} | "
               f"{' | '.join(cells)} | {speed:.0f} |")
+    if args.name == "features":
+        name = f"SiT-merged-{args.steps}-{args.seeds[0]}"
+        found = kept(f"{args.out}/rows.jsonl", {"probe": name, "n": args.n}, lambda: probe(
+            args, f"{args.out}/{name}/ckpt.pt", device))
+        print(f"\nClasses of real validation z, by linear classifiers of {args.n:,} images: from "
+              f"generated z {found['from_generated_z']:.1f} % right, from real z "
+              f"{found['from_real_z']:.1f} %")
     print(f"\nFréchet distances, {args.features}: {args.eval_n:,} samples while training, against "
           f"{args.val}; batch {args.batch_size}, lr {args.lr:g}, {args.sample_steps} calls a "
           f"sample, seeds {args.seeds}; {hardware()}, {time.strftime('%Y-%m-%d')}")
+
+
+def curves(args):
+    """Draw the Fréchet distance over training steps and, with --rates, over seconds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    runs, rates = {}, {}
+    for row in rows_of(args.rows):
+        if row.get("curve") and (not args.only or row["run"] in args.only):
+            runs.setdefault(row["run"], {})[row["seed"]] = row["curve"]
+    for row in rows_of(args.rates) if args.rates else ():
+        rates[row["model"].split("-")[0], row["run"]] = row["batch_size"] / row["images_per_s"]
+    if not runs:
+        raise data.UserError(f"{args.rows} has no curves; make some with: bench.py photos methods")
+    figure, panels = pyplot.subplots(1, 1 + bool(rates), figsize=(5 + 4.5 * bool(rates), 3.6),
+                                     sharey=True, squeeze=False)
+    for name, of_seeds in runs.items():
+        family, method = name.replace("unconditional-", "").split("-", 1)
+        steps = [step for step, _ in next(iter(of_seeds.values()))]
+        mean = np.mean([[distance for _, distance in curve] for curve in of_seeds.values()], 0)
+        style = {"marker": "o", "markersize": 3, "linestyle": "-" if family == "SiT" else "--",
+                 "color": f"C{list(METHODS).index(method)}", "label": name}
+        for panel, scale in zip(panels[0], (1, rates.get((family, method)))):
+            if scale:
+                panel.plot(np.multiply(steps, scale), mean, **style)
+    for panel, label in zip(panels[0], ("training steps", "training seconds")):
+        panel.set_xlabel(label)
+        panel.grid(alpha=0.3)
+    panels[0, 0].set_ylabel(args.label)
+    panels[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(args.out, dpi=120)
+    print(f"{args.out}: {', '.join(runs)}")
 
 
 def judged(args, path, how):
@@ -388,7 +469,8 @@ def metrics(args):
         sys.path.insert(0, args.official)
         import torch_fidelity
         found = torch_fidelity.calculate_metrics(
-            input1=sets[0], input2=sets[1], feature_extractor_weights_path=weights, cuda=False,
+            input1=sets[0], input2=sets[1], feature_extractor="inception-v3-compat",
+            feature_extractor_weights_path=weights, cuda=False,
             fid=True, isc=True, prc=True, isc_splits=1, samples_shuffle=False, batch_size=32,
             cache=False, verbose=False)
         names = {"frechet_inception_distance": "fid", "inception_score_mean": "inception_score"}
@@ -405,9 +487,12 @@ def metrics(args):
         if not weights:
             import timm
             torch.manual_seed(0)
+            net = timm.create_model("inception_v3", num_classes=1008, aux_logits=False)
+            for part in net.modules():                     # timm's would explode without training
+                if isinstance(part, torch.nn.Conv2d):
+                    torch.nn.init.kaiming_normal_(part.weight, nonlinearity="relu")
             weights = f"{folder}/random.pth"
-            torch.save(timm.create_model("inception_v3", num_classes=1008,
-                                         aux_logits=False).state_dict(), weights)
+            torch.save(net.state_dict(), weights)
         for _ in range(args.rounds):
             for name, way in ways.items():
                 start = time.perf_counter()
@@ -466,11 +551,11 @@ def random_data(folder, n=1024, r=8):
 
 class Ours:
     """train.py's own steps, on batches that are assembled ahead as there."""
-    def __init__(self, args, folder, name, fusion, rank, n_processes):
+    def __init__(self, args, folder, name, method, rank, n_processes):
         flags = [f"--{flag}={getattr(args, flag)}" for flag in ("batch_size", "micro_batch_size")
                  if getattr(args, flag)]
         flags += [f"--{'' if getattr(args, flag) else 'no-'}{flag}" for flag in ("bf16", "compile")]
-        of_run = train.parser().parse_args(["--model", name, "--fusion", fusion, "--data", folder,
+        of_run = train.parser().parse_args(["--model", name, "--data", folder, *METHODS[method],
                                             *flags])
         given = {flag: value for flag, value in vars(of_run).items()
                  if value is not None and flag not in train.OF_THE_MACHINE}
@@ -491,7 +576,8 @@ class Ours:
 
     def sample(self, n, calls):
         """n images of so many network calls, without decoding."""
-        sample.generate(self.trainer.ema, torch.arange(n) % 1000, calls, batch_size=n,
+        ema = self.trainer.ema
+        sample.generate(ema, torch.arange(n) % (ema.n_classes or 1), calls, batch_size=n,
                         device=self.trainer.device, bf16=self.trainer.args.bf16)
 
 
@@ -600,10 +686,10 @@ def seconds_of(work, device):
 
 
 def speed(args):
-    """Print training and sampling images/s of every fusion and, given their code, the authors'."""
+    """Print training and sampling images/s of every method and, given their code, the authors'."""
     rank, n_processes = data.rank_and_count()
-    if args.official and n_processes > 1:
-        raise data.UserError("--official is for one process; leave it out")
+    if args.official and (n_processes > 1 or args.data):
+        raise data.UserError("--official is for one process, without --data; leave it out")
     args.dev = data.begin(args, n_processes, "nccl")
     on_gpu = args.dev.type == "cuda"
     dtype = torch.bfloat16 if args.bf16 else torch.float32
@@ -613,7 +699,9 @@ def speed(args):
         if rank == 0:
             print(text, flush=True)
 
-    say(f"batch {args.batch_size}, 256 tokens, {str(dtype)[6:]}{', compiled' * args.compile}; "
+    tokens = (data.Prepared(args.data).meta["x_size"] if args.data else 32) ** 2 // 4
+    say(f"batch {args.batch_size}, {tokens} tokens at patch 2, {str(dtype)[6:]}"
+        f"{', compiled' * args.compile}; "
         f"{n_processes} process(es); {args.rounds} alternating rounds of {args.steps} steps; "
         f"{hardware()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; matrix product "
         f"{peak / 1e12:.3g} TFLOP/s; sampling not compiled, 250 calls\n\n"
@@ -621,9 +709,10 @@ def speed(args):
         f"{'memory GB | ' * on_gpu}sampling images/s |\n|---|---|---|---|---|{'---|' * on_gpu}")
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
-            random_data(folder)
-            runs = {fusion: Ours(args, folder, name, fusion, rank, n_processes)
-                    for fusion in args.fusions}
+            if not args.data:
+                random_data(folder)
+            runs = {method: Ours(args, args.data or folder, name, method, rank, n_processes)
+                    for method in args.methods}
             if args.official:
                 runs["official"] = Theirs(args, name)
                 if args.encoder:
@@ -646,7 +735,7 @@ def speed(args):
                 row = {"model": name, "run": run, "n_processes": n_processes,
                        "images_per_s": rate, "least": min(rates[run]), "most": max(rates[run]),
                        "mfu_percent": 100 * 3 * flop * rate / peak,
-                       "ratio": rate / statistics.median(rates[args.fusions[0]]),
+                       "ratio": rate / statistics.median(rates[args.methods[0]]),
                        "batch_size": args.batch_size, "bf16": args.bf16, "compile": args.compile,
                        "memory_gb": memory[run] / 1e9 if on_gpu else None, "peak_flop_per_s": peak,
                        "hardware": hardware(), "date": time.strftime("%Y-%m-%d")}
@@ -755,7 +844,7 @@ def scaling(args):
                 rows = f"{folder}/{i}-{n}.jsonl"
                 subprocess.run(
                     [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                     f"--nproc_per_node={n}", here, "speed", "--models", args.model, "--fusions",
+                     f"--nproc_per_node={n}", here, "speed", "--models", args.model, "--methods",
                      "merged", f"--batch_size={n * args.batch_size}", f"--steps={args.steps}",
                      "--rounds=1", "--calls=0", f"--rows={rows}"], check=True,
                     stdout=subprocess.DEVNULL, env={"OMP_NUM_THREADS": "1"} | os.environ)
@@ -870,10 +959,14 @@ def parser():
     q = tables.add_parser("photos", help="methods, settings and guidance on photographs",
                           allow_abbrev=False)
     q.set_defaults(table=photos)
-    q.add_argument("name", choices=["methods", "unconditional", "settings", "guidance"],
-                   help="which table")
+    q.add_argument("name", choices=["methods", "unconditional", "settings", "guidance",
+                                     "features"], help="which table")
     q.add_argument("--data", required=True, metavar="DIR", help="photographs that data.py prepared")
     q.add_argument("--val", required=True, metavar="DIR", help="other photographs: the reference")
+    q.add_argument("--val_data", metavar="DIR", help="those of --val, prepared with the same PCA: "
+                                                     "for features")
+    q.add_argument("--two_levels", metavar="DIR", help="the photographs of --data, prepared with "
+                                                       "two feature levels: for features")
     q.add_argument("--features", default="inception", help="as for fid.py")
     q.add_argument("--weights", metavar="FILE", help="as for fid.py")
     q.add_argument("--features_kwargs", nargs="*", default=[], metavar="KEY=VALUE",
@@ -887,6 +980,16 @@ def parser():
                    help="samples at each point of the curves (default: %(default)s)")
     q.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     runs(q, 20_000, "runs/photos")
+    q = tables.add_parser("curves", help="a picture of photos' curves (needs matplotlib)",
+                          allow_abbrev=False)
+    q.set_defaults(table=curves)
+    q.add_argument("--rows", default="runs/photos/rows.jsonl", metavar="FILE",
+                   help="of photos (default: %(default)s)")
+    q.add_argument("--rates", metavar="FILE", help="rows of speed with the same models, methods "
+                                                   "and batch size: draws seconds, too")
+    q.add_argument("--only", nargs="+", metavar="RUN", help="just these (default: all)")
+    q.add_argument("--label", default="Fréchet distance", help="default: %(default)s")
+    q.add_argument("--out", default="curves.png", metavar="FILE", help="default: %(default)s")
     for table, text in ((few_steps, "solvers over their network calls, on digits"),
                         (guidance, "w_r x w_cfg, on digits")):
         q = tables.add_parser(table.__name__, help=text, allow_abbrev=False)
@@ -933,8 +1036,11 @@ def parser():
     q.add_argument("--models", nargs="+", choices=model.NAMES, metavar="MODEL",
                    default=[f"SiT-{size}/2" for size in ("S", "B", "L", "XL")],
                    help="default: SiT, patch 2, all published sizes")
-    q.add_argument("--fusions", nargs="+", choices=model.FUSIONS, default=model.FUSIONS,
-                   help="ratios are to the first (default: all)")
+    q.add_argument("--methods", nargs="+", choices=METHODS, default=model.FUSIONS,
+                   help=f"ratios are to the first, REPA needs --data (default: "
+                        f"{' '.join(model.FUSIONS)})")
+    q.add_argument("--data", metavar="DIR", help="a prepared folder (default: random numbers of "
+                                                 "ImageNet's shapes)")
     q.add_argument("--official", metavar="DIR", help="a clone of zelaki/ReDi, to compare with")
     q.add_argument("--encoder", action=argparse.BooleanOptionalAction, default=True,
                    help="theirs also with the encoder in the step (default: on)")

@@ -2778,6 +2778,113 @@ def test_judged_rows_are_made_once_and_are_the_samplers_own(workdir, tmp_path, c
     assert capsys.readouterr().out == shown and len(bench.rows_of(tmp_path / "rows.jsonl")) == 10
 
 
+@pytest.fixture
+def photo_table(photos, prepared, tmp_path, monkeypatch):
+    """bench.py photos on the photographs with networks of random weights, judged by every 50th
+    value of their pixels; it returns the names of the runs that were trained for it."""
+    monkeypatch.setattr(fid.Space, "__call__", lambda self, images: (images.flatten(1)[:, ::50],))
+
+    def table(name, flags=""):
+        trained = []
+
+        def in_process(command, check):
+            trained.append(command[-1].split("/")[-1])
+            main(train, " ".join(command[2:]))
+
+        monkeypatch.setattr(bench.subprocess, "run", in_process)
+        main(bench, f"photos {name} --data {photos / 'prepared'} --val {photos / 'photos'} "
+                    "--size T --steps 5 --batch_size 4 --sample_steps 2 --eval_n 4 --n 8 "
+                    f"--features pixels --out {tmp_path} {flags}")
+        return trained
+
+    return table
+
+
+def test_every_row_on_photographs_is_a_job_that_is_made_once(photos, photo_table, tmp_path, capsys):
+    """A run that two tables share is trained once, a row that is there not even judged."""
+    merged = "SiT-unconditional-merged"
+    assert photo_table("unconditional", f"--only SiT-none {merged}") == [
+        "SiT-none-5-0", f"{merged}-5-0"]
+    assert photo_table("methods", "--only SiT-none --seeds 0 1") == ["SiT-none-5-1"]
+    rows = bench.rows_of(f"{tmp_path}/rows.jsonl")
+    assert [(row["run"], row["seed"], row.get("w_r")) for row in rows] == [
+        ("SiT-none", 0, None), *[(merged, 0, w_r) for w_r in (1, 1.1, 1.5, 2)],
+        ("SiT-none", 1, None)]
+    assert [step for step, _ in rows[3]["curve"]] == [1, 2, 3, 4, 5]
+    net, about = sample.load_model(f"{tmp_path}/{merged}-5-0/ckpt.pt")
+    x, _ = sample.generate(net, torch.zeros(8, dtype=torch.long), 2, w_r=1.5)
+    seen = fid.Judge(None, fid.Space("pixels")).see(data.decode(x, about["meta"]))
+    with np.load(f"{tmp_path}/reference-pixels-32.npz") as reference:
+        moments = pca.Moments(seen.shape[1]).update(seen)
+        expected = fid.frechet_distance(moments.mean, moments.cov, reference["mu"],
+                                        reference["sigma"])
+        assert reference["n"] == 11
+    assert rows[3]["frechet_pixels"] == pytest.approx(expected, rel=1e-3)
+    capsys.readouterr()
+    assert photo_table("methods", "--only SiT-none --seeds 0 1") == []
+    values = [rows[i]["frechet_pixels"] for i in (0, 5)]
+    spread = f"{np.mean(values):.0f} ± {np.std(values, ddof=1):.0f}"
+    assert f"| {spread} |" in capsys.readouterr().out
+    assert len(bench.rows_of(f"{tmp_path}/rows.jsonl")) == 6
+    pytest.importorskip("matplotlib")
+    main(bench, f"curves --rows {tmp_path}/rows.jsonl --out {tmp_path}/curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert np.asarray(picture.convert("RGB")).std() > 10
+
+
+def test_generated_features_are_probed_on_real_ones(photos, photo_table, tmp_path, capsys,
+                                                    monkeypatch):
+    """Perfect "generated" features, those of the photographs, teach what real ones do; the
+    network's own after five steps do not."""
+    flags = f"--val_data {photos / 'prepared'}"
+    assert photo_table("features", flags) == ["SiT-merged-5-0"]
+    folder = str(photos / "prepared")
+    args = argparse.Namespace(data=folder, val_data=folder, n=11)
+    path = f"{tmp_path}/SiT-merged-5-0/ckpt.pt"
+    own = bench.probe(args, path, "cpu")
+    source = data.Prepared(folder, 8)
+    x, z, y, _ = source.batch(torch.arange(11))
+    order = torch.tensor([(y == label).nonzero()[i // 3 % 3, 0] for i, label in
+                          enumerate(torch.arange(11) % 3)])
+    monkeypatch.setattr(sample, "generate", lambda *args, **kwargs: (x[order], z[order]))
+    perfect = bench.probe(args, path, "cpu")
+    assert perfect["from_real_z"] == 100 == own["from_real_z"]
+    assert perfect["from_generated_z"] > 80 > own["from_generated_z"]
+    with pytest.raises(data.UserError, match="--val_data"):
+        photo_table("features")
+
+
+def test_z_of_unit_rms_is_the_same_z_but_for_its_scale(photos, prepared, tmp_path):
+    shutil.copytree(photos / "prepared", tmp_path / "a")
+    out = bench.unit_rms(f"{tmp_path}/a/")
+    one, unit = (data.Prepared(folder) for folder in (f"{tmp_path}/a", out))
+    scale = unit.z[:].astype(np.float64) / one.z
+    assert np.square(unit.z[:].astype(np.float64)).mean() == pytest.approx(1, rel=1e-2)
+    assert scale == pytest.approx(np.full_like(scale, np.median(scale)), rel=1e-2)
+    assert np.array_equal(one.x, unit.x) and unit.meta["z_std"] == pytest.approx(
+        np.array(one.meta["z_std"]) * np.median(scale), rel=1e-2)
+    assert bench.unit_rms(f"{tmp_path}/a") == out                         # found, not made again
+
+
+def test_metrics_are_timed_on_photographs_cut_to_one_size(photos, capsys, monkeypatch):
+    seen = []
+
+    def statistics(path, *args):
+        images = fid.Images(path)
+        seen.append((path.split("/")[-1], images.n, images.size))
+        return fid.Statistics(5, (np.zeros(3), np.eye(3)), pool=normal(5, 3, seed=len(seen)))
+
+    monkeypatch.setattr(fid, "Space", lambda *args: argparse.Namespace(name="inception",
+                                                                       device="cpu"))
+    monkeypatch.setattr(fid, "statistics_of", statistics)
+    monkeypatch.setattr(fid, "frechet_distance", lambda *args: 1.25)      # of 2,048: seconds
+    main(bench, f"metrics --images {photos / 'photos'} --n 5 --size 24 --large 40 --rounds 1 "
+                f"--weights {photos / 'encoder.safetensors'}")
+    assert seen == [("samples", 5, (24, 24)), ("reference", 5, (24, 24))]
+    shown = capsys.readouterr().out
+    assert "| fid.py | 1.25 |" in shown and "recall against 8: " in shown
+
+
 # command lines, as a user types them
 
 def test_train_writes_what_the_readme_says(workdir, monkeypatch):
