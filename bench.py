@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -68,7 +69,8 @@ def digit_jobs(args):
 def photo_jobs(args):
     """The same of a table on photographs; a run that two tables share has one name."""
     def job(name, family, method, *flags, hows=({},)):
-        return name, [f"--model={family}-{args.size}/2", *METHODS[method], *flags], list(hows)
+        channels = [] if METHODS[method][0] == "--fusion=none" else [f"--r={args.r}"]
+        return name, [f"--model={family}-{args.size}/2", *METHODS[method], *channels, *flags], hows
 
     if args.name == "methods":
         for family in ("SiT", "DiT"):
@@ -147,7 +149,7 @@ def images_per_s(out):
 def kept(path, key, make):
     """The row of a .jsonl file that says all that key says; if there is none, make()'s is added."""
     for row in rows_of(path):
-        if key.items() <= row.items():
+        if all(name in row and row[name] == value for name, value in key.items()):
             return row
     row = key | make() | {"hardware": hardware(), "date": time.strftime("%Y-%m-%d")}
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -158,7 +160,7 @@ def kept(path, key, make):
 def judge_samples(net, meta, judge, n, device="cpu", **how):
     """The metrics of n samples of classes in turn, without counts in their names, and the seconds
     that sampling took; how: sample_batches()'s arguments."""
-    y, size = torch.arange(n) % (net.n_classes or 1), train.JUDGED_AT_ONCE
+    y, size = data.classes_in_turn(n, net.n_classes), train.JUDGED_AT_ONCE
     start = time.perf_counter()
     x, _ = sample.generate(net.to(device), y, batch_size=size, device=device, progress=True, **how)
     seconds = time.perf_counter() - start
@@ -168,9 +170,9 @@ def judge_samples(net, meta, judge, n, device="cpu", **how):
         name.split(f"_{n}_vs_")[0]: value for name, value in metrics.items()}
 
 
-def train_and_judge(args, jobs, flags, judge, device="cpu"):
+def train_and_judge(args, jobs, flags, judge, device="cpu", made_with=None):
     """Train the runs of jobs and judge their samples, seed by seed, but for those whose rows are
-    there; the rows, by (run, what it was sampled with)."""
+    there; the rows, by (run, what it was sampled with). made_with: what else decides a row."""
     rows, script = {}, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
     jobs = [job for job in jobs if not args.only or job[0] in args.only]
     for seed, (name, of_run, hows) in itertools.product(args.seeds, jobs):
@@ -193,7 +195,8 @@ def train_and_judge(args, jobs, flags, judge, device="cpu"):
             return metrics | {"images_per_s": images_per_s(out), "curve": distances}
 
         for how in hows:
-            key = {"run": name, "training_steps": args.steps, "seed": seed, "n": args.n} | how
+            key = {"run": name, "training_steps": args.steps, "seed": seed, "n": args.n,
+                   "made_with": made_with or {}, "sampled_with": how}
             rows.setdefault((name, *how.items()), []).append(kept(f"{args.out}/rows.jsonl", key,
                                                                   made))
     return rows
@@ -220,16 +223,26 @@ def digits(args):
           f"{time.strftime('%Y-%m-%d')}")
 
 
-def photo_judge(args, meta, space):
+def photo_reference(args, meta, space):
     """The moments of the validation photographs in a Space: the file that has them."""
-    path = f"{args.out}/reference-{space.name}-{meta['image_size']}.npz"
+    files, _, _ = data.list_images(args.val)
+    which = hashlib.sha256(b"\n".join([os.fsencode(os.path.abspath(args.val)), *files,
+                                       space.weights.encode()])).hexdigest()[:8]
+    path = f"{args.out}/reference-{space.name}-{meta['image_size']}-{which}.npz"
     if not os.path.exists(path):
-        files, _, _ = data.list_images(args.val)
+        count = 0
         batches = data.Batches(args.val, files, np.arange(len(files)), 32, meta["image_size"])
-        images = (images[good].permute(0, 3, 1, 2) for _, images, good in batches.loader(2))
+
+        def images():
+            nonlocal count
+            for _, images, good in batches.loader(2):
+                count += int(good.sum())
+                yield images[good].permute(0, 3, 1, 2)
+
+        measured = fid.measure(images(), len(files), space, args.val, keep=False)
+        measured.n = count                                 # those that could be read
         os.makedirs(args.out, exist_ok=True)
-        fid.save_statistics(path, fid.measure(images, len(files), space, args.val, keep=False),
-                            space)
+        fid.save_statistics(path, measured, space)
     return path
 
 
@@ -270,17 +283,21 @@ def photos(args):
     meta = data.Prepared(args.data).meta
     space = fid.Space(args.features, args.weights,
                       data.key_values(args.features_kwargs, "features_kwargs"), device)
-    reference = photo_judge(args, meta, space)
+    reference = photo_reference(args, meta, space)
     every = max(args.steps // 5, 1)
     flags = [f"--{name}={value}" for name, value in {
         "data": args.data, "batch_size": args.batch_size, "lr": args.lr, "eval_every": every,
         "ckpt_every": every, "preview_every": args.steps, "log_every": max(args.steps // 50, 1),
         "sample_steps": args.sample_steps, "eval_n": args.eval_n, "eval_reference": reference,
-        "eval_features": args.features, "eval_weights": args.weights}.items()
-        if value is not None]
-    flags += ["--eval_kwargs", *args.features_kwargs] if args.features_kwargs else []
+        "eval_features": args.features, "eval_weights": args.weights, "device": args.device
+        }.items() if value is not None]
+    flags += ["--eval_features_kwargs", *args.features_kwargs] if args.features_kwargs else []
+    made_with = {name: getattr(args, name) for name in (
+        "size", "r", "batch_size", "lr", "sample_steps", "eval_n", "features")} | {
+            "data": meta["arrays"]["x"]["sha256"][:16] + meta["arrays"]["z"]["sha256"][:16],
+            "reference": os.path.basename(reference)}
     rows = train_and_judge(args, photo_jobs(args), flags, functools.cache(
-        lambda: fid.Judge(fid.stored_statistics(reference, space), space)), device)
+        lambda: fid.Judge(fid.stored_statistics(reference, space), space)), device, made_with)
     points = [k * every for k in range(1, 6)]
     header = " | ".join(f"{step:,} steps" for step in points)
     print(f"| run | sampled with | {header} | at the end, "
@@ -295,8 +312,9 @@ def photos(args):
               f"{' | '.join(cells)} | {speed:.0f} |")
     if args.name == "features":
         name = f"SiT-merged-{args.steps}-{args.seeds[0]}"
-        found = kept(f"{args.out}/rows.jsonl", {"probe": name, "n": args.n}, lambda: probe(
-            args, f"{args.out}/{name}/ckpt.pt", device))
+        found = kept(f"{args.out}/rows.jsonl", {
+            "probe": name, "n": args.n, "made_with": made_with, "val_data": args.val_data},
+            lambda: probe(args, f"{args.out}/{name}/ckpt.pt", device))
         print(f"\nClasses of real validation z, by linear classifiers of {args.n:,} images: from "
               f"generated z {found['from_generated_z']:.1f} % right, from real z "
               f"{found['from_real_z']:.1f} %")
@@ -307,25 +325,29 @@ def photos(args):
 
 def curves(args):
     """Draw the Fréchet distance over training steps and, with --rates, over seconds."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        raise data.UserError("curves need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
     runs, rates = {}, {}
     for row in rows_of(args.rows):
         if row.get("curve") and (not args.only or row["run"] in args.only):
-            runs.setdefault(row["run"], {})[row["seed"]] = row["curve"]
+            settings = json.dumps([row["training_steps"], row["made_with"]])
+            runs.setdefault((row["run"], settings), {})[row["seed"]] = row["curve"]
     for row in rows_of(args.rates) if args.rates else ():
         rates[row["model"].split("-")[0], row["run"]] = row["batch_size"] / row["images_per_s"]
     if not runs:
         raise data.UserError(f"{args.rows} has no curves; make some with: bench.py photos methods")
     figure, panels = pyplot.subplots(1, 1 + bool(rates), figsize=(5 + 4.5 * bool(rates), 3.6),
                                      sharey=True, squeeze=False)
-    for name, of_seeds in runs.items():
+    for i, ((name, _), of_seeds) in enumerate(runs.items()):
         family, method = name.replace("unconditional-", "").split("-", 1)
         steps = [step for step, _ in next(iter(of_seeds.values()))]
         mean = np.mean([[distance for _, distance in curve] for curve in of_seeds.values()], 0)
         style = {"marker": "o", "markersize": 3, "linestyle": "-" if family == "SiT" else "--",
-                 "color": f"C{list(METHODS).index(method)}", "label": name}
+                 "color": f"C{i % 10}", "label": name}
         for panel, scale in zip(panels[0], (1, rates.get((family, method)))):
             if scale:
                 panel.plot(np.multiply(steps, scale), mean, **style)
@@ -336,7 +358,7 @@ def curves(args):
     panels[0, 0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(args.out, dpi=120)
-    print(f"{args.out}: {', '.join(runs)}")
+    print(f"{args.out}: {', '.join(name for name, _ in runs)}")
 
 
 def judged(args, path, how):
@@ -460,23 +482,34 @@ def metrics(args):
     files = files[np.random.default_rng(0).permutation(len(files))[:2 * args.n]]
     n = len(files) // 2
 
-    def ours(sets, weights):
+    def ours(sets, weights, folder):
+        start = time.perf_counter()
         space = fid.Space("inception", weights)
-        return fid.compare(*(fid.statistics_of(path, space, True, 32, args.workers)
-                             for path in sets), space)
+        statistics = [fid.statistics_of(path, space, True, 32, args.workers) for path in sets]
+        middle = time.perf_counter()
+        found = fid.compare(*statistics, space)
+        return found, middle - start, time.perf_counter() - middle
 
-    def theirs(sets, weights):
+    def theirs(sets, weights, folder):
+        """The second call finds its features in the cache: metrics alone."""
+        seconds = []
+        for _ in range(2):
+            start = time.perf_counter()
+            found = torch_fidelity.calculate_metrics(
+                input1=sets[0], input2=sets[1], input1_cache_name="one", input2_cache_name="two",
+                cache=True, cache_root=folder, feature_extractor="inception-v3-compat",
+                feature_extractor_weights_path=weights, cuda=False, fid=True, isc=True, prc=True,
+                isc_splits=1, samples_shuffle=False, batch_size=32, verbose=False)
+            seconds.append(time.perf_counter() - start)
+        names = {"frechet_inception_distance": "fid", "inception_score_mean": "inception_score"}
+        found = {names.get(name, name): value for name, value in found.items()}
+        return found, seconds[0] - seconds[1], seconds[1]
+
+    ways = {"fid.py": ours}
+    if args.official:
         sys.path.insert(0, args.official)
         import torch_fidelity
-        found = torch_fidelity.calculate_metrics(
-            input1=sets[0], input2=sets[1], feature_extractor="inception-v3-compat",
-            feature_extractor_weights_path=weights, cuda=False,
-            fid=True, isc=True, prc=True, isc_splits=1, samples_shuffle=False, batch_size=32,
-            cache=False, verbose=False)
-        names = {"frechet_inception_distance": "fid", "inception_score_mean": "inception_score"}
-        return {names.get(name, name): value for name, value in found.items()}
-
-    ways = {"fid.py": ours} | ({"torch-fidelity": theirs} if args.official else {})
+        ways["torch-fidelity"] = theirs
     seconds, found = {name: [] for name in ways}, {}
     with tempfile.TemporaryDirectory() as folder:
         sets, weights = [f"{folder}/samples", f"{folder}/reference"], args.weights
@@ -495,17 +528,18 @@ def metrics(args):
             torch.save(net.state_dict(), weights)
         for _ in range(args.rounds):
             for name, way in ways.items():
-                start = time.perf_counter()
-                found[name] = way(sets, weights)
-                seconds[name].append(time.perf_counter() - start)
+                with tempfile.TemporaryDirectory(dir=folder) as cache:
+                    found[name], *took = way(sets, weights, cache)
+                seconds[name].append(took)
     shown = ("fid", "sfid", "inception_score", "precision", "recall")
-    print(f"| {n} + {n} images of {args.size} pixels | {' | '.join(shown)} | images/s: median "
-          "(least to most) |\n|---|---|---|---|---|---|---|")
-    for name, took in seconds.items():
+    print(f"| {n} + {n} images of {args.size} pixels | {' | '.join(shown)} | features, images/s: "
+          "median (least to most) | metrics, s |\n|---|---|---|---|---|---|---|---|")
+    for name, rounds in seconds.items():
         cells = [f"{found[name][key]:.6g}" if key in found[name] else "" for key in shown]
-        rates = sorted(2 * n / each for each in took)
+        extraction, of_metrics = zip(*rounds)
+        rates = sorted(2 * n / each for each in extraction)
         print(f"| {name} | {' | '.join(cells)} | {statistics.median(rates):.3g} ({rates[0]:.3g} to "
-              f"{rates[-1]:.3g}) |")
+              f"{rates[-1]:.3g}) | {statistics.median(of_metrics):.1f} |")
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(args.large, 2048, generator=generator)
     start = time.perf_counter()
@@ -514,13 +548,14 @@ def metrics(args):
         moments.update(part.numpy())
     mean, cov, middle = moments.mean, moments.cov, time.perf_counter()
     fid.frechet_distance(mean, cov, mean + 0.01, cov)
-    end, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    end = time.perf_counter()
     reference = torch.randn(args.large // 5, 2048, generator=generator)
     fid.precision_and_recall(features, reference)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     print(f"\n{args.large:,} x 2,048: moments {middle - start:.1f} s, Fréchet distance "
           f"{end - middle:.1f} s; precision and recall against {args.large // 5:,}: "
-          f"{time.perf_counter() - end:.0f} s in {grown:.0f} MB more; {hardware()}, "
+          f"{time.perf_counter() - end:.0f} s; the process held {most:.1f} GiB at most, networks "
+          f"included; on the CPU: {torch.get_num_threads()} threads; {hardware()}, "
           f"{time.strftime('%Y-%m-%d')}")
 
 
@@ -973,6 +1008,8 @@ def parser():
                    help="as for fid.py")
     q.add_argument("--size", default="S", choices=list(model.SIZES),
                    help="of the networks (default: %(default)s)")
+    q.add_argument("--r", type=int, default=train.PAPER["r"],
+                   help="channels of z (default: %(default)s)")
     q.add_argument("--batch_size", type=int, default=256, help="default: %(default)s")
     q.add_argument("--lr", type=float, default=1e-4, help="default: %(default)s")
     q.add_argument("--sample_steps", type=int, default=50, help="default: %(default)s")

@@ -151,6 +151,14 @@ def generator(seed, purpose, index=0):
     return torch.Generator().manual_seed(*seeds(seed, purpose, index))
 
 
+def classes_in_turn(n, n_classes):
+    """(n,): 0, 1, ... n_classes - 1, 0, 1, ...; fewer than one of each are evenly spread. All zeros
+    where n_classes is 0."""
+    if 0 < n < n_classes:
+        return torch.arange(n) * n_classes // n
+    return torch.arange(n) % (n_classes or 1)
+
+
 def to_uint8(x):
     """Images in [-1, 1] -> uint8, by the rounding of ADM and DiT."""
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
@@ -221,7 +229,7 @@ def list_images(folder):
                             f"({beside[0]}); move them into a folder, or elsewhere")
         flat = [path for paths in classes.values() for path in paths]
     if not flat:
-        raise UserError(f"--images {folder} holds no files")
+        raise UserError(f"{folder} holds no files")
     y = np.repeat(np.arange(max(1, len(classes))),
                   [len(paths) for paths in classes.values()] or [len(flat)])
     # bytes, not str: workers share the array without copying it

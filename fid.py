@@ -20,6 +20,7 @@ import pickle
 import sys
 import time
 import zipfile
+import zlib
 
 import numpy as np
 import scipy.linalg
@@ -36,29 +37,37 @@ import pca
 # the 2015 weights in PyTorch's format, by pytorch-fid; the hash in the name is checked
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth")
-DINOV2 = "vit_large_patch14_dinov2.lvd142m"     # of FD-DINOv2 (arXiv 2306.04675): its class token
+# FD-DINOv2 (arXiv 2306.04675): ViT-L's class token on 224 pixels
+DINOV2, DINOV2_PIXELS = "vit_large_patch14_dinov2.lvd142m", 224
 N_UNBIASED = 50_000                             # samples that the papers' tables use
 SPLIT = 5_000                                   # images a split of the Inception Score (ADM's)
 NEIGHBOURS = 3                                  # of precision and recall (arXiv 1904.06991; ADM's)
 ROWS = 1_024                                    # features that go into the moments at once
+MOMENTS = (("mu", "sigma"), ("mu_s", "sigma_s"))    # names in an .npz: of pool, of spatial (ADM's)
 MAX_D = 8_192                                   # channels whose covariance fits in memory: 0.5 GB
 
 
 def frechet_distance(mu_1, cov_1, mu_2, cov_2):
     """|mu_1 - mu_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^1/2) between two Gaussians (arXiv 1706.08500).
 
-    mu (d,), cov (d, d), float64. The last trace is that of the symmetric (C_1^1/2 C_2 C_1^1/2)^1/2:
-    real eigenvalues, also where a covariance is singular. ValueError for shapes that differ, NaN
-    and infinity.
+    mu (d,), cov (d, d), float64. The last trace is the sum of the singular values of C_1^1/2
+    C_2^1/2, which are the roots of the eigenvalues of the symmetric C_1^1/2 C_2 C_1^1/2: real, and
+    unlike those roots exact where a covariance is singular (a root makes 1e-8 of 1e-16). ValueError
+    for shapes that differ, NaN and infinity.
     """
     mu_1, cov_1, mu_2, cov_2 = (np.asarray(a, np.float64) for a in (mu_1, cov_1, mu_2, cov_2))
     if not (mu_1.shape == mu_2.shape and cov_1.shape == cov_2.shape == (len(mu_1), len(mu_1))):
         raise ValueError("moments of different spaces: "
                          f"{mu_1.shape} {cov_1.shape} and {mu_2.shape} {cov_2.shape}")
-    values, vectors = scipy.linalg.eigh(cov_1)                         # raises ValueError on NaN
-    root_1 = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
-    product = scipy.linalg.eigh(root_1 @ cov_2 @ root_1, eigvals_only=True)
-    cross = 2 * np.sqrt(product.clip(min=0)).sum()
+    if not all(np.isfinite(a).all() for a in (mu_1, cov_1, mu_2, cov_2)):
+        raise ValueError("moments hold NaN or infinity")
+
+    def root(cov):
+        values, vectors = scipy.linalg.eigh(cov)
+        values[values < len(values) * np.finfo(np.float64).eps * values.max()] = 0      # rounding
+        return vectors * np.sqrt(values) @ vectors.T
+
+    cross = 2 * scipy.linalg.svdvals(root(cov_1) @ root(cov_2)).sum()
     return max(float(np.square(mu_1 - mu_2).sum() + np.trace(cov_1 + cov_2) - cross), 0.0)
 
 
@@ -72,10 +81,11 @@ class InceptionScore:
     """exp of the mean KL(p(y | x) || p(y)) over each split of SPLIT images in order, the last one
     maybe shorter; their mean (arXiv 1606.03498). Logits are kept until their split is full."""
     def __init__(self):
-        self.scores, self.waiting = [], []
+        self.n, self.scores, self.waiting = 0, [], []
 
     def update(self, logits):
         """Add logits (B, classes), of any float type."""
+        self.n += len(logits)
         self.waiting.extend(np.asarray(logits, np.float64))
         while len(self.waiting) >= SPLIT:
             self.scores.append(self.of_split(self.waiting[:SPLIT]))
@@ -88,20 +98,30 @@ class InceptionScore:
         return float(np.exp((np.exp(log_p) * (log_p - log_mean)).sum(1).mean()))
 
     @property
+    def splits(self):
+        """Their sizes."""
+        return [SPLIT] * len(self.scores) + [len(self.waiting)] * bool(self.waiting)
+
+    @property
     def score(self):
         return float(np.mean(self.scores + [self.of_split(self.waiting)] * bool(self.waiting)))
 
 
-def squared_distances(a, b):
-    """(n, d), (m, d) -> (n, m)."""
-    return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
+def squared_lengths(rows, block=512):
+    """(n, d) -> (n,)."""
+    return torch.cat([part.square().sum(1) for part in rows.split(block)])
+
+
+def squared_distances(a, b, lengths_b):
+    """(n, d), (m, d) and squared_lengths(b) -> (n, m)."""
+    return (squared_lengths(a)[:, None] + lengths_b - 2 * a @ b.T).clamp(min=0)
 
 
 def radii(features, k=NEIGHBOURS, block=512):
     """(n, d) -> (n,) squared distances to the k-th nearest other row."""
-    result = []
+    result, lengths = [], squared_lengths(features)
     for start in range(0, len(features), block):
-        distances = squared_distances(features[start:start + block], features)
+        distances = squared_distances(features[start:start + block], features, lengths)
         own = torch.arange(len(distances))
         distances[own, start + own] = torch.inf
         result.append(distances.kthvalue(k, 1).values)
@@ -116,8 +136,8 @@ def precision_and_recall(samples, reference, k=NEIGHBOURS, block=512):
         raise ValueError(f"precision and recall need more than {k} images on both sides")
 
     def inside(points, centres):
-        reach = radii(centres, k, block)
-        return float(torch.cat([(squared_distances(part, centres) <= reach).any(1)
+        reach, lengths = radii(centres, k, block), squared_lengths(centres)
+        return float(torch.cat([(squared_distances(part, centres, lengths) <= reach).any(1)
                                 for part in points.split(block)]).double().mean())
 
     return inside(samples, reference), inside(reference, samples)
@@ -192,41 +212,53 @@ def is_published(path):
 
 class Space:
     """What turns images uint8 (B, 3, H, W) into features: the call returns (pool,), (B, d), and for
-    inception (pool, spatial, logits). weights: their sha256. UserError if it cannot be had.
+    inception (pool, spatial, logits). weights: their sha256, and the settings that change what they
+    do. UserError if it cannot be had.
 
     name: inception, dinov2, pixels, or a timm model, whose pooled features are taken; weights: a
-    file, None for the published ones; settings: timm.create_model's.
+    file, None for the published ones; settings: timm.create_model's; flags: what precedes
+    "features", "weights" and "features_kwargs" in the flags that these came from.
     """
-    def __init__(self, name, weights=None, settings=None, device="cpu"):
+    def __init__(self, name, weights=None, settings=None, device="cpu", flags=""):
         self.name, self.device, self.weights = name, torch.device(device), ""
         if weights and not os.path.isfile(weights):
-            raise data.UserError(f"--weights {weights}: no such file")
+            raise data.UserError(f"--{flags}weights {weights}: no such file")
+        for given, flag, useless in ((weights, "weights", ("pixels",)),
+                                     (settings, "features_kwargs", ("pixels", "inception"))):
+            if given and name in useless:
+                raise data.UserError(f"--{flags}{flag} means nothing to --{flags}features {name}; "
+                                     "leave it out")
         try:
             if name == "inception":
                 net = Inception(weights or torch.hub.load_state_dict_from_url(
                     INCEPTION, map_location="cpu", check_hash=True, weights_only=True))
             elif name != "pixels":
-                net = self.timm_model(DINOV2 if name == "dinov2" else name, weights, settings)
+                net = self.timm_model(name, weights, dict(settings or {}))
         except Exception as error:                         # a dozen kinds, many lines
+            published = f", for inception {os.path.basename(INCEPTION)}" * (not weights)
             raise data.UserError(
-                f"--features {name} cannot be had ({data.one_line(error)}); give its weights with "
-                f"--weights FILE{f', for inception {os.path.basename(INCEPTION)}' * (not weights)}"
-                ) from None
+                f"--{flags}features {name} cannot be had ({data.one_line(error)}); give its "
+                f"weights with --{flags}weights FILE{published}") from None
         if name == "inception" and weights and not is_published(weights):
             print(f"warning: {weights} is not {os.path.basename(INCEPTION)}: these numbers compare "
                   "with no other's", file=sys.stderr)
         if name != "pixels":
-            self.weights = data.weights_hash(net)
+            self.weights = data.weights_hash(net) + "".join(
+                f" {key}={value}" for key, value in sorted((settings or {}).items()))
             self.net = net.to(device, memory_format=torch.channels_last)
 
     def timm_model(self, name, weights, settings):
         import timm
+        if name == "dinov2":
+            name, settings = DINOV2, {"img_size": DINOV2_PIXELS} | settings
         overlay = {"file": weights, "custom_load": weights.endswith(".npz")} if weights else {}
-        net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay,
-                                num_classes=0, **settings or {}).eval().requires_grad_(False)
+        net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **settings)
+        net.reset_classifier(0)                            # only now: the load was strict
+        net = net.eval().requires_grad_(False)
         config = timm.data.resolve_model_data_config(net)
-        self.size = config["input_size"][-1]
+        self.size = settings.get("img_size", config["input_size"][-1])
         self.mean, self.std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+        net(torch.zeros(1, 3, self.size, self.size))       # settings that do not fit fail here
         return net
 
     @torch.no_grad()
@@ -234,6 +266,10 @@ class Space:
         images = images.to(self.device)
         if self.name == "pixels":
             return data.from_uint8(images).flatten(1),
+        with torch.backends.cudnn.flags(allow_tf32=False): # float32 on GPUs too
+            return self.features(images)
+
+    def features(self, images):
         if self.name == "inception":
             return self.net(images)
         x = F.interpolate(images.float() / 255, (self.size, self.size), mode="bicubic",
@@ -242,16 +278,15 @@ class Space:
 
 
 class Images:
-    """A set of images uint8 (n, H, W, 3), read in batches: an .npz's arr_0, an .npy or a folder of
-    files. UserError if path is none of these, or an image is not as the others."""
+    """A set of images uint8 (n, H, W, 3), read in batches: an .npz's arr_0, an .npy or the files in
+    a folder and its subfolders. UserError if path is none of these, or an image is not as the
+    others."""
     def __init__(self, path):
         self.path = path
         try:
             if os.path.isdir(path):
-                self.files = sorted(entry.path for entry in os.scandir(path) if entry.is_file()
-                                    and not entry.name.startswith("."))
-                if not self.files:
-                    raise ValueError("an empty folder")
+                files, _, _ = data.list_images(path)
+                self.files = [os.path.join(path, os.fsdecode(file)) for file in files]
                 shape, dtype = (len(self.files), *read_image(self.files[0]).shape), np.uint8
             else:
                 with open_rows(path) as (shape, dtype, _):
@@ -267,17 +302,18 @@ class Images:
 
     def batches(self, batch_size, workers=0):
         """Tensors uint8 (B, 3, H, W), in order."""
-        if not os.path.isdir(self.path):
-            with open_rows(self.path) as (_, _, read):
-                for start in range(0, self.n, batch_size):
-                    images = read(min(batch_size, self.n - start))
-                    yield torch.from_numpy(images).permute(0, 3, 1, 2)
-            return
-        batches = [self.files[i:i + batch_size] for i in range(0, self.n, batch_size)]
         try:
+            if not os.path.isdir(self.path):
+                with open_rows(self.path) as (_, _, read):
+                    for start in range(0, self.n, batch_size):
+                        images = read(min(batch_size, self.n - start))
+                        yield torch.from_numpy(images).permute(0, 3, 1, 2)
+                return
+            batches = [self.files[i:i + batch_size] for i in range(0, self.n, batch_size)]
             yield from torch.utils.data.DataLoader(Files(batches, self.size), batch_size=None,
                                                    num_workers=workers)
-        except (ValueError, RuntimeError) as error:        # many lines, of the worker's
+        except (ValueError, RuntimeError, EOFError, zipfile.BadZipFile,
+                zlib.error) as error:                      # many lines, of the worker's
             last = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
             raise data.UserError(f"{self.path} cannot be read as images ({last})") from None
 
@@ -305,7 +341,7 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             mode, pixels = image.mode, np.asarray(image)
-    except OSError as error:                               # Pillow's, of what it cannot read
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no image ({error})") from None
     if mode != "RGB":
         raise ValueError(f"{path} has the mode {mode}, and must be RGB without transparency")
@@ -357,7 +393,10 @@ def measure(batches, n, space, name="", keep=True):
 
     def flush():                                           # many rows at once: 12 times as fast
         for each, parts in zip(moments, zip(*waiting)):
-            each.update(torch.cat(parts).numpy())
+            try:
+                each.update(torch.cat(parts).numpy())
+            except ValueError as error:
+                raise data.UserError(f"{name} in the space {space.name}: {error}") from None
         waiting.clear()
 
     with tqdm(total=n, desc=name, unit="image") as bar:
@@ -381,27 +420,30 @@ def measure(batches, n, space, name="", keep=True):
                       None, pool=torch.cat(kept) if keep else None)
 
 
-def stored_anything(path):
-    """Whether path is an .npz with moments."""
+def holds(path, name):
+    """Whether path is an .npz with an array of that name."""
     if not path.endswith(".npz") or not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        return "mu.npy" in archive.namelist()
+        return f"{name}.npy" in archive.namelist()
 
 
 def stored_statistics(path, space):
     """The Statistics in an .npz: mu, sigma (and mu_s, sigma_s), as in ADM's reference batches and
     as --save_stats writes them; None if it has none. UserError if they are of another space."""
-    if not stored_anything(path):
+    if not holds(path, "mu"):
         return None
     with np.load(path, allow_pickle=False) as file:
         made_by = str(file["space"]) if "space" in file else "inception"
         weights = str(file["weights"]) if "weights" in file else space.weights
         if (made_by, weights) != (space.name, space.weights):
             raise data.UserError(f"{path} holds moments of {made_by} (weights {weights[:16]}), not "
-                                 f"of --features {space.name} ({space.weights[:16]})")
-        pairs = [(file[mu], file[sigma]) for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s"))
-                 if mu in file]
+                                 f"of {space.name} ({space.weights[:16]}); give its images, or the "
+                                 "space that it is of")
+        if any(mu in file and sigma not in file for mu, sigma in MOMENTS):
+            raise data.UserError(f"{path} holds means without their covariances, sigma; make it "
+                                 "anew with fid.py --save_stats")
+        pairs = [(file[mu], file[sigma]) for mu, sigma in MOMENTS if mu in file]
         pool = torch.from_numpy(file["pool"]) if "pool" in file else None
         return Statistics(int(file["n"]) if "n" in file else None, *pairs, pool=pool)
 
@@ -410,9 +452,8 @@ def save_statistics(path, statistics, space):
     """An .npz that stored_statistics() reads."""
     arrays = {"space": space.name, "weights": space.weights}
     arrays |= {} if statistics.n is None else {"n": statistics.n}
-    for suffix, moments in (("", statistics.pool_moments), ("_s", statistics.spatial_moments)):
-        if moments:
-            arrays |= {"mu" + suffix: moments[0], "sigma" + suffix: moments[1]}
+    for names, moments in zip(MOMENTS, (statistics.pool_moments, statistics.spatial_moments)):
+        arrays |= dict(zip(names, moments or ()))
     if statistics.pool is not None:
         arrays["pool"] = statistics.pool.numpy()
     pca.write_whole(path, lambda file: np.savez(file, **arrays))
@@ -485,34 +526,40 @@ def judge_digits(images, y=None):
 
 def judge(args):
     """Metrics of the digits in args.samples, by judges that know real digits."""
+    if (args.features, args.weights, args.features_kwargs, args.save_stats) != (
+            "inception", None, None, None):
+        raise data.UserError("the reference digits has judges of its own; leave out --features, "
+                             "--weights, --features_kwargs and --save_stats")
     images = Images(args.samples)
-    batches = torch.cat(list(images.batches(1000))).permute(0, 2, 3, 1).numpy()
-    y = None
-    if args.labels and args.samples.endswith(".npz"):
-        with np.load(args.samples, allow_pickle=False) as file:
-            y = file["y"] if "y" in file else None
-    if y is not None and y.shape != (images.n,):
-        raise data.UserError(f"{args.samples}: y must have a class for each image, got {y.shape}")
     if images.size != (8, 8):
         raise data.UserError(f"{args.samples} holds images of {images.size}, digits are of (8, 8)")
+    batches = torch.cat(list(images.batches(1000))).permute(0, 2, 3, 1).numpy()
+    y = None
+    if args.labels and holds(args.samples, "y"):
+        try:
+            with np.load(args.samples, allow_pickle=False) as file:
+                y = file["y"]
+        except ValueError as error:
+            raise data.UserError(f"{args.samples}: y cannot be read ({error})") from None
+        if y.shape != (images.n,):
+            raise data.UserError(f"{args.samples}: y must have a class for each image, got "
+                                 f"{y.shape}")
     return judge_digits(batches, y)
 
 
 def statistics_of(path, space, precision_recall=False, batch_size=32, workers=0):
     """The Statistics of a path: those that it stores, as far as it does, else of its images.
     UserError if it holds neither, or moments of another space."""
-    stored = stored_statistics(path, space)
-    if stored and (stored.pool is not None or not precision_recall):
+    stored = None
+    if space.name == "inception" or not holds(path, "arr_0"):          # ADM's moments are of that
+        stored = stored_statistics(path, space)
+    if stored and (stored.pool is not None or not precision_recall or not holds(path, "arr_0")):
         return stored
-    if stored:
-        with zipfile.ZipFile(path) as archive:
-            if "arr_0.npy" not in archive.namelist():
-                return stored
     images = Images(path)
     measured = measure(images.batches(batch_size, workers), images.n, space, path,
                        precision_recall)
     if stored:                                 # ADM's: moments of all images, arr_0 some of them
-        stored.pool = measured.pool
+        stored.pool, stored.score = measured.pool, measured.score
     return stored or measured
 
 
@@ -532,7 +579,10 @@ class Judge:
         """Metrics by name of all that was seen, (n, ...); y (n,): the classes, None without."""
         if self.reference == "digits":
             return judge_digits(seen, y)
-        moments = pca.Moments(seen.shape[1]).update(seen)
+        try:
+            moments = pca.Moments(seen.shape[1]).update(seen)
+        except ValueError as error:
+            raise data.UserError(f"samples in the space {self.space.name}: {error}") from None
         return {named_distance(self.space, len(seen), self.reference): frechet_distance(
             moments.mean, moments.cov, *self.reference.pool_moments)}
 
@@ -543,39 +593,74 @@ def main(args):
             raise data.UserError(f"--{name} {getattr(args, name)} must be at least {least}")
     if args.reference == "digits":
         metrics = judge(args)
-        print(f"samples {args.samples}, reference {args.reference}")
-        for name, value in metrics.items():
-            print(f"{name:32s} {value:.3f}")
+        print(f"samples    {args.samples}\nreference  the held-out digits")
+        report(args, metrics)
         return
+    check_save_stats(args)
     for path in (args.samples, args.reference):            # before what is slow
-        if not stored_anything(path):
+        if not holds(path, "mu"):
             Images(path)
     settings = data.key_values(args.features_kwargs or [], "features_kwargs")
     space = Space(args.features, args.weights, settings, data.pick_device(args.device))
     inception = space.name == "inception"
-    samples, reference = (statistics_of(path, space, inception, args.batch_size, args.workers)
-                          for path in (args.samples, args.reference))
-    if args.save_stats:
-        save_statistics(args.save_stats, reference, space)
+    # what is stored first: if it does not fit, nothing was measured for it
+    found = {path: statistics_of(path, space, inception, args.batch_size, args.workers)
+             for path in sorted({args.samples, args.reference},
+                                key=lambda path: (not holds(path, "mu"), path != args.samples))}
+    samples, reference = found[args.samples], found[args.reference]
     try:
         metrics = compare(samples, reference, space)
     except ValueError as error:
         raise data.UserError(str(error)) from None
-    print(f"samples    {args.samples}: {samples.n or 'stored moments of'} images\n"
-          f"reference  {args.reference}: {reference.n or 'stored moments of'} images\n"
+
+    def counted(statistics):
+        n = "an unknown number of" if statistics.n is None else f"{statistics.n:,}"
+        if statistics.pool is None or len(statistics.pool) == statistics.n:
+            return f"{n} images"
+        return f"{n} images, {len(statistics.pool):,} of them for precision and recall"
+
+    print(f"samples    {args.samples}: {counted(samples)}\n"
+          f"reference  {args.reference}: {counted(reference)}\n"
           f"space      {space.name}, weights {space.weights[:16] or 'none'}")
+    splits = samples.score.splits if samples.score else []
+    remarks = []
+    if inception and len(metrics) < 5:
+        remarks.append("what is missing needs images, and there are stored moments alone")
+    if splits:
+        remarks.append("inception_score is the mean of splits of "
+                       f"{', '.join(map(str, splits))} images in order")
+    if samples.n and samples.n < N_UNBIASED:
+        remarks.append(f"{samples.n:,} samples: below {N_UNBIASED:,} Fréchet distances are biased "
+                       "upwards, compare equal counts only")
+    report(args, metrics, {
+        "n_samples": samples.n, "n_reference": reference.n, "space": space.name,
+        "weights": space.weights, "inception_score_splits": splits}, remarks)
+    if args.save_stats:
+        save_statistics(args.save_stats, reference, space)
+
+
+def check_save_stats(args):
+    """UserError for a --save_stats that cannot be written, or read again, or is there already."""
+    path = args.save_stats
+    if path and not path.endswith(".npz"):
+        raise data.UserError(f"--save_stats {path}: its name must end in .npz")
+    if path and os.path.exists(path):
+        raise data.UserError(f"--save_stats {path} is there already; remove it, or take another "
+                             "name")
+    if path and not os.path.isdir(os.path.dirname(path) or "."):
+        raise data.UserError(f"--save_stats {path}: there is no folder {os.path.dirname(path)}")
+
+
+def report(args, metrics, details=None, remarks=()):
+    """Print metrics by name as a table, remarks, and all with details as one line of JSON."""
     for name, value in metrics.items():
         print(f"{name:32s} {value:.4f}")
-    if samples.score:
-        print(f"inception_score is the mean of splits of {SPLIT:,} images in order")
-    if samples.n and samples.n < N_UNBIASED:
-        print(f"{samples.n:,} samples: below {N_UNBIASED:,} Fréchet distances are biased upwards, "
-              "compare equal counts only")
-    print(json.dumps(metrics | {
-        "samples": args.samples, "n_samples": samples.n, "reference": args.reference,
-        "n_reference": reference.n, "space": space.name, "weights": space.weights,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "scipy")},
-        "date": time.strftime("%Y-%m-%d")}))
+    for remark in remarks:
+        print(remark)
+    print(json.dumps(metrics | {"samples": args.samples, "reference": args.reference} | (
+        details or {}) | {"versions": {name: importlib.metadata.version(name)
+                                       for name in ("torch", "timm", "scipy")},
+                          "date": time.strftime("%Y-%m-%d")}))
 
 
 def parser():

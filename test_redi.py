@@ -1456,8 +1456,9 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(
 
 def test_quality_is_measured_once_at_each_point_however_often_the_run_is_killed(
         workdir, tmp_path, monkeypatch):
-    """Killed in a measurement, told to stop in one, killed after one whose checkpoint is there; by
-    two processes, which share the samples. At the end it is what anybody measures."""
+    """Killed in a measurement, told to stop in one, killed after one whose checkpoint is there,
+    told to stop as the last step ends; by two processes, which share the samples. At the end it is
+    what anybody measures."""
     monkeypatch.chdir(workdir)
     monkeypatch.setattr(train, "JUDGED_AT_ONCE", 20)
     stop = lambda *args: os.kill(os.getpid(), signal.SIGTERM)
@@ -1466,7 +1467,7 @@ def test_quality_is_measured_once_at_each_point_however_often_the_run_is_killed(
     for at_call, die, code in (((fid.Judge, "see", 1), None, -signal.SIGKILL),
                                ((fid.Judge, "see", 0), stop, 128 + signal.SIGTERM),
                                ((train.Trainer, "update", 1), None, -signal.SIGKILL),
-                               ((train.Trainer, "update", 1), None, -signal.SIGKILL)):
+                               ((train.Trainer, "gradients", 1), stop, 128 + signal.SIGTERM)):
         assert code in train_together(tmp_path / "out", flags, 2, at_call=at_call, die=die)
     assert train_together(tmp_path / "out", flags, 2) == [0, 0]
     measured = evaluations(tmp_path / "out")
@@ -1501,7 +1502,9 @@ def test_photographs_are_measured_against_training_images_or_a_given_reference(
     assert row[key] == pytest.approx(expected, rel=1e-3)
     assert f"step 2: {key} {row[key]:.2f}" in capsys.readouterr().out
     for wrong, words in (("--eval_reference digits", "give images"), ("--eval_n 1", "at least 2"),
-                         ("--eval_features nonsense", "--features nonsense cannot be had")):
+                         ("--eval_features nonsense", "--eval_features nonsense cannot be had"),
+                         ("--eval_reference nowhere", "--eval_reference nowhere: no such file"),
+                         ("--eval_weights nowhere", "--eval_weights nowhere: no such file")):
         with pytest.raises(data.UserError, match=words):
             main(train, f"{flags}c {wrong}")
 
@@ -2480,6 +2483,25 @@ def test_frechet_distance_has_the_closed_form_of_commuting_gaussians():
     assert distance == pytest.approx(wanted, rel=1e-6)
 
 
+def test_the_distance_is_exact_where_covariances_are_singular():
+    """Fewer samples than channels: (sum of the roots' products)^2 in the closed form of commuting
+    covariances, and 0 for the same one."""
+    d, rank = 400, 40
+    basis = np.linalg.qr(normal(d, d, seed=1, dtype=DOUBLE).numpy())[0]
+    one, two = (np.r_[normal(rank, seed=seed, dtype=DOUBLE).numpy() ** 2, np.zeros(d - rank)]
+                for seed in (2, 3))
+    covs = [basis * values @ basis.T for values in (one, two)]
+    expected = np.square(np.sqrt(one) - np.sqrt(two)).sum()
+    mu = np.zeros(d)
+    assert fid.frechet_distance(mu, covs[0], mu, covs[1]) == pytest.approx(expected, rel=1e-9)
+    few = normal(50, d, seed=4, dtype=DOUBLE).numpy()
+    cov = np.cov(few.T)
+    assert fid.frechet_distance(mu, cov, mu, cov) < 1e-10 * np.trace(cov)
+    cross = np.linalg.norm(scipy.linalg.svdvals((few - few.mean(0)) @ basis * np.sqrt(one)), 1)
+    apart = fid.frechet_distance(mu, cov, mu, covs[0])                    # they do not commute
+    assert apart == pytest.approx(np.trace(cov) + one.sum() - 2 * cross / 7, rel=1e-9)
+
+
 def test_frechet_distance_equals_scipys_square_root():
     rng = np.random.default_rng(0)
     one, two = rng.normal(size=(50, 6)), rng.normal(size=(60, 6)) @ rng.normal(size=(6, 6)) + 1
@@ -2562,6 +2584,47 @@ def test_other_weights_than_the_published_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "INCEPTION", "https://there/b-" + hashlib.sha256(
         b"weights").hexdigest()[:8] + ".pth")
     assert fid.is_published(tmp_path / "a.pth")
+
+
+def test_a_space_is_a_network_with_its_weights_and_settings(sets, tmp_path, capsys):
+    """Features are timm's own pooled ones; moments of another pooling are of another space, and
+    weights of another network none."""
+    import timm
+    torch.manual_seed(0)
+    nets = {name: timm.create_model(name).eval() for name in ("test_vit", "test_resnet")}
+    for name, net in nets.items():
+        torch.save(net.state_dict(), f"{name}.pth")
+    net, images = nets["test_vit"], torch.from_numpy(sets[0]).permute(0, 3, 1, 2)
+    plain, large = (fid.Space("test_vit", "test_vit.pth", settings)
+                    for settings in (None, {"img_size": 192}))
+    mean, most = (fid.Space("test_resnet", "test_resnet.pth", settings)
+                  for settings in (None, {"global_pool": "max"}))
+    config = timm.data.resolve_model_data_config(net)
+    x = torch.nn.functional.interpolate(images / 255, config["input_size"][1:], mode="bicubic",
+                                        antialias=True).clamp(0, 1)
+    x = (x - torch.tensor(config["mean"]).view(3, 1, 1)) / torch.tensor(config["std"]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = net.forward_head(net.forward_features(x), pre_logits=True)
+    assert plain(images)[0] == pytest.approx(expected.numpy(), abs=1e-5)
+    assert plain.weights != large.weights and mean.weights != most.weights and large.size == 192
+    assert not torch.allclose(most(images)[0], mean(images)[0])
+    flags = "--features test_resnet --weights test_resnet.pth"
+    row = metrics_of(f"a.npz b.npz {flags} --save_stats kept.npz", capsys)
+    assert metrics_of(f"a.npz kept.npz {flags}", capsys) == row | {"reference": "kept.npz"}
+    for wrong, words in (
+            (f"a.npz kept.npz {flags} --features_kwargs global_pool=max", "give its images, or"),
+            ("a.npz b.npz --features test_vit --weights test_resnet.pth", "cannot be had"),
+            (f"a.npz b.npz {flags} --save_stats kept.npz", "is there already"),
+            (f"a.npz b.npz {flags} --save_stats kept", "must end in .npz"),
+            (f"a.npz b.npz {flags} --save_stats no/kept.npz", "no folder no"),
+            ("a.npz b.npz --features pixels --weights test_vit.pth", "means nothing"),
+            ("a.npz digits --features pixels", "judges of its own")):
+        with pytest.raises(data.UserError, match=words):
+            main(fid, wrong)
+    torch.save(inception_weights(), "inception.pth")
+    space = fid.Space("inception", "inception.pth")
+    assert "inception.pth is not pt_inception" in capsys.readouterr().err
+    assert [part.shape[1] for part in space(images[:1])] == [2048, 2023, 1008]
 
 
 def test_images_are_enlarged_as_tensorflow_1_did():
@@ -2706,10 +2769,22 @@ def test_images_that_are_none_are_one_line(sets, tmp_path):
         Image.new(mode, size).save(f"{name}/000003.png")
     shutil.copytree("a", "text")
     (tmp_path / "text/000002.png").write_text("text")
+    shutil.copytree("a", "broken")
+    png = (tmp_path / "broken/000002.png").read_bytes()
+    (tmp_path / "broken/000002.png").write_bytes(png.replace(b"IDAT", b"I!AT"))
+    stored = bytearray((tmp_path / "a.npz").read_bytes())
+    stored[len(stored) // 2] ^= 1                                       # seen as its end is read
+    (tmp_path / "flipped.npz").write_bytes(stored)
+    np.savez("means.npz", mu=np.zeros(3), space="pixels", weights="")
+    np.savez("nan.npz", mu=np.full(216, np.nan), sigma=np.eye(216), space="pixels", weights="")
+    for path, words in (("means.npz", "means without their covariances"), ("nan.npz", "NaN")):
+        with pytest.raises(data.UserError, match=words):
+            main(fid, f"a.npz {path} --features pixels")
     for path, words in (
+            ("broken", "000002.png is no image"), ("flipped.npz", "flipped.npz cannot be read"),
             ("floats.npz", "got float64"), ("one.npz", "holds 1 image"), ("objects.npz", "object"),
             ("other.npz", "arr_0"), ("text.npz", "not a zip"), ("nowhere.npz", "No such file"),
-            ("empty", "an empty folder"), ("grey", "000003.png has the mode L"),
+            ("empty", "empty holds no files"), ("grey", "000003.png has the mode L"),
             ("clear", "000003.png has the mode RGBA"), ("text", "000002.png is no image"),
             ("mixed", r"000003.png is of \(9, 9\) pixels, the first of \(9, 8\)")):
         for workers in (0, 2):
@@ -2791,10 +2866,10 @@ def photo_table(photos, prepared, tmp_path, monkeypatch):
             trained.append(command[-1].split("/")[-1])
             main(train, " ".join(command[2:]))
 
-        monkeypatch.setattr(bench.subprocess, "run", in_process)
+        monkeypatch.setattr(bench, "subprocess", argparse.Namespace(run=in_process))
         main(bench, f"photos {name} --data {photos / 'prepared'} --val {photos / 'photos'} "
                     "--size T --steps 5 --batch_size 4 --sample_steps 2 --eval_n 4 --n 8 "
-                    f"--features pixels --out {tmp_path} {flags}")
+                    f"--features pixels --r 4 --out {tmp_path} {flags}")
         return trained
 
     return table
@@ -2807,14 +2882,15 @@ def test_every_row_on_photographs_is_a_job_that_is_made_once(photos, photo_table
         "SiT-none-5-0", f"{merged}-5-0"]
     assert photo_table("methods", "--only SiT-none --seeds 0 1") == ["SiT-none-5-1"]
     rows = bench.rows_of(f"{tmp_path}/rows.jsonl")
-    assert [(row["run"], row["seed"], row.get("w_r")) for row in rows] == [
+    assert [(row["run"], row["seed"], row["sampled_with"].get("w_r")) for row in rows] == [
         ("SiT-none", 0, None), *[(merged, 0, w_r) for w_r in (1, 1.1, 1.5, 2)],
         ("SiT-none", 1, None)]
     assert [step for step, _ in rows[3]["curve"]] == [1, 2, 3, 4, 5]
     net, about = sample.load_model(f"{tmp_path}/{merged}-5-0/ckpt.pt")
     x, _ = sample.generate(net, torch.zeros(8, dtype=torch.long), 2, w_r=1.5)
     seen = fid.Judge(None, fid.Space("pixels")).see(data.decode(x, about["meta"]))
-    with np.load(f"{tmp_path}/reference-pixels-32.npz") as reference:
+    reference, = tmp_path.glob("reference-pixels-32-*.npz")
+    with np.load(reference) as reference:
         moments = pca.Moments(seen.shape[1]).update(seen)
         expected = fid.frechet_distance(moments.mean, moments.cov, reference["mu"],
                                         reference["sigma"])
@@ -2842,7 +2918,7 @@ def test_generated_features_are_probed_on_real_ones(photos, photo_table, tmp_pat
     args = argparse.Namespace(data=folder, val_data=folder, n=11)
     path = f"{tmp_path}/SiT-merged-5-0/ckpt.pt"
     own = bench.probe(args, path, "cpu")
-    source = data.Prepared(folder, 8)
+    source = data.Prepared(folder, 4)
     x, z, y, _ = source.batch(torch.arange(11))
     order = torch.tensor([(y == label).nonzero()[i // 3 % 3, 0] for i, label in
                           enumerate(torch.arange(11) % 3)])

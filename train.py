@@ -25,7 +25,7 @@ import time
 DEFAULTS = {"model": "SiT-T/2", "fusion": "merged", "unconditional": False, "lam_z": 1.0,
             "repa": 0.0, "p_drop_z": 0.2, "p_drop_y": 0.1, "grad_clip": 0.0, "init": None,
             "seed": 0, "keep_every": 0, "eval_every": 0, "eval_n": 1_000, "eval_reference": None,
-            "eval_features": "inception", "eval_weights": None, "eval_kwargs": []}
+            "eval_features": "inception", "eval_weights": None, "eval_features_kwargs": []}
 PAPER = {"lr": 1e-4, "batch_size": 256, "steps": 400_000, "r": 8, "ema": 0.9999,
          "sample_steps": 250, "log_every": 100, "ckpt_every": 5_000, "preview_every": 25_000}
 DIGITS = {"lr": 3e-3, "batch_size": 128, "steps": 1_400, "r": 4, "ema": 0.995,
@@ -85,13 +85,14 @@ def parser():
     setting("eval_every", "steps between measurements of the EMA's samples, which log.jsonl gets; "
                           "0 is off", int)
     setting("eval_n", "samples that are measured, from the same noise every time", int)
-    setting("eval_reference", "what they are compared with: images or moments as fid.py takes "
-                              "them, or train: as many training images, decoded from their latents",
+    setting("eval_reference", "what they are compared with: images, or moments that fid.py "
+                              "--save_stats kept, or train: as many training images, decoded; "
+                              "images are measured at each start",
             str, default="train; for --data digits held-out ones, by their own judges")
     setting("eval_features", "space of the Fréchet distance, as fid.py's --features", str)
     setting("eval_weights", "its weights, as fid.py's --weights", str, metavar="FILE",
             default="downloaded")
-    setting("eval_kwargs", "arguments of timm.create_model for it", str, nargs="*",
+    setting("eval_features_kwargs", "arguments of timm.create_model for it", str, nargs="*",
             metavar="KEY=VALUE", default="none")
     p.add_argument("--out", default="out", metavar="DIR", help="output folder (default: out)")
     p.add_argument("--restart", action="store_true",
@@ -173,6 +174,9 @@ def check(settings, n_processes, micro_batch_size=None, workers=1):
         need(name, lambda value: value >= 1, "at least 1")
     for name in ("keep_every", "eval_every"):
         need(name, lambda value: value >= 0, "0 or more")
+    for name, words in (("eval_reference", ("train", "digits")), ("eval_weights", ())):
+        if settings[name] and settings[name] not in words and not os.path.exists(settings[name]):
+            raise data.UserError(f"--{name} {settings[name]}: no such file")
     need("eval_n", lambda n: n >= 2, "at least 2, as a covariance needs them")
     for name in ("p_drop_z", "p_drop_y", "ema"):
         need(name, lambda value: 0 <= value <= 1, "between 0 and 1")
@@ -373,10 +377,15 @@ def judge_of(settings, source, device, rank=0):
     if reference == "digits":
         if settings["data"] != "digits":
             raise data.UserError("--eval_reference digits: the data are others; give images")
+        for name in ("eval_features", "eval_weights", "eval_features_kwargs"):
+            if settings[name] != DEFAULTS[name]:
+                raise data.UserError(f"--{name} needs --eval_reference: digits' own judges know "
+                                     "their space")
         return fid.Judge(reference)
     data.codec_of(source.meta, device)
-    space = fid.Space(settings["eval_features"], settings["eval_weights"],
-                      data.key_values(settings["eval_kwargs"], "eval_kwargs"), device)
+    of_model = data.key_values(settings["eval_features_kwargs"], "eval_features_kwargs")
+    space = fid.Space(settings["eval_features"], settings["eval_weights"], of_model, device,
+                      flags="eval_")
     if rank > 0:
         return fid.Judge(None, space)
     if reference != "train":
@@ -392,7 +401,7 @@ def evaluate(net, judge, n, meta, device, rank=0, n_processes=1, told=(), **how)
     """The judge's metrics of n samples, classes in turn, from the same noise at every call; how:
     sample_batches()'s arguments. All processes make some of them, and those but the first return
     {}; None if one was told to stop meanwhile."""
-    y = torch.arange(n) % (net.n_classes or 1)
+    y = data.classes_in_turn(n, net.n_classes)
     seen, batches = {}, range(rank, -(-n // JUDGED_AT_ONCE), n_processes)
     with tqdm(total=len(batches), desc="judging", unit="batch", disable=rank > 0,
               leave=False) as bar:
@@ -635,7 +644,8 @@ def train(trainer, out, rank, n_processes, judge=None):
         while True:
             step, ending = trainer.step, stopping or trainer.step >= steps
             keep = settings["keep_every"] > 0 and step % settings["keep_every"] == 0
-            to_judge = judge and step % settings["eval_every"] == 0 and step > 0 and not stopping
+            to_judge = (judge and step % settings["eval_every"] == 0 and step > 0
+                        and (step > first or not evaluated))
             due = step > first and (ending or keep or to_judge
                                     or step % settings["ckpt_every"] == 0)
             if due:
@@ -648,12 +658,12 @@ def train(trainer, out, rank, n_processes, judge=None):
                     save_checkpoint(out, trainer.checkpoint(), keep)
                 else:
                     sums.zero_()
-            if to_judge and (step > first or not evaluated):         # saved first: it takes long
+            if to_judge:                                             # saved first: it takes long
                 start = time.perf_counter()
-                metrics = evaluate(trainer.ema, judge, settings["eval_n"], trainer.meta, device,
-                                   rank, n_processes, told, steps=settings["sample_steps"],
-                                   bf16=trainer.args.bf16)
-                if metrics is None:
+                metrics = None if stopping else evaluate(
+                    trainer.ema, judge, settings["eval_n"], trainer.meta, device, rank, n_processes,
+                    told, steps=settings["sample_steps"], bf16=trainer.args.bf16)
+                if metrics is None:                                  # it is made on going on
                     break
                 if rank == 0:
                     append(log, {"step": step} | metrics | {
