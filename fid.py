@@ -50,10 +50,10 @@ MAX_D = 8_192                                   # channels whose covariance fits
 def frechet_distance(mu_1, cov_1, mu_2, cov_2):
     """|mu_1 - mu_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^1/2) between two Gaussians (arXiv 1706.08500).
 
-    mu (d,), cov (d, d), float64. The last trace is the sum of the singular values of C_1^1/2
-    C_2^1/2, which are the roots of the eigenvalues of the symmetric C_1^1/2 C_2 C_1^1/2: real, and
-    unlike those roots exact where a covariance is singular (a root makes 1e-8 of 1e-16). ValueError
-    for shapes that differ, NaN and infinity.
+    mu (d,), cov (d, d), float64. The last trace is the sum of the roots of the eigenvalues of the
+    symmetric C_1^1/2 C_2 C_1^1/2. With C = F F^T, from eigh, they are the singular values of
+    F_1^T F_2: real, and exact where a covariance is singular, too (a root of the eigenvalue 0 plus
+    rounding is 1e-8). ValueError for shapes that differ, NaN and infinity.
     """
     mu_1, cov_1, mu_2, cov_2 = (np.asarray(a, np.float64) for a in (mu_1, cov_1, mu_2, cov_2))
     if not (mu_1.shape == mu_2.shape and cov_1.shape == cov_2.shape == (len(mu_1), len(mu_1))):
@@ -62,12 +62,13 @@ def frechet_distance(mu_1, cov_1, mu_2, cov_2):
     if not all(np.isfinite(a).all() for a in (mu_1, cov_1, mu_2, cov_2)):
         raise ValueError("moments hold NaN or infinity")
 
-    def root(cov):
+    def factor(cov):
         values, vectors = scipy.linalg.eigh(cov)
-        values[values < len(values) * np.finfo(np.float64).eps * values.max()] = 0      # rounding
-        return vectors * np.sqrt(values) @ vectors.T
+        real = values > len(values) * np.finfo(np.float64).eps * values.max()     # no rounding
+        return vectors[:, real] * np.sqrt(values[real])
 
-    cross = 2 * scipy.linalg.svdvals(root(cov_1) @ root(cov_2)).sum()
+    product = factor(cov_1).T @ factor(cov_2)
+    cross = 2 * scipy.linalg.svdvals(product).sum() if product.size else 0.0
     return max(float(np.square(mu_1 - mu_2).sum() + np.trace(cov_1 + cov_2) - cross), 0.0)
 
 
@@ -667,7 +668,8 @@ def parser():
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("samples", help="generated images: .npz, .npy or folder")
-    p.add_argument("reference", help="real images, the same; or the word digits: the held-out ones")
+    p.add_argument("reference", help="real images, the same; or the word digits: the held-out ones "
+                                     "(a folder of that name is ./digits)")
     p.add_argument("--features", default="inception",
                    help="space of the distance: inception (FID and the others), dinov2 (ViT-L), "
                         "pixels, or any timm model (default: %(default)s)")

@@ -2122,6 +2122,9 @@ def test_labels_are_random_balanced_or_listed():
     assert sample.choose_labels("balanced", 12, 10, 0).tolist() == [*range(10), 0, 1]
     assert sample.choose_labels("3,1", 5, 10, 0).tolist() == [3, 1, 3, 1, 3]
     assert sample.choose_labels("random", 3, 0, 0).tolist() == [0, 0, 0]
+    assert data.classes_in_turn(12, 10).tolist() == [*range(10), 0, 1]
+    assert data.classes_in_turn(5, 10).tolist() == [0, 2, 4, 6, 8]       # not the first five
+    assert data.classes_in_turn(2, 0).tolist() == [0, 0]
     for labels, n_classes in (("10", 10), ("-1", 10), ("cat", 10), ("balanced", 0), ("0", 0)):
         with pytest.raises(data.UserError, match="--labels"):
             sample.choose_labels(labels, 3, n_classes, 0)
@@ -2586,7 +2589,7 @@ def test_other_weights_than_the_published_are_told_apart(tmp_path, monkeypatch):
     assert fid.is_published(tmp_path / "a.pth")
 
 
-def test_a_space_is_a_network_with_its_weights_and_settings(sets, tmp_path, capsys):
+def test_a_space_is_a_network_with_its_weights_and_settings(sets, tmp_path, capsys, monkeypatch):
     """Features are timm's own pooled ones; moments of another pooling are of another space, and
     weights of another network none."""
     import timm
@@ -2619,7 +2622,8 @@ def test_a_space_is_a_network_with_its_weights_and_settings(sets, tmp_path, caps
             (f"a.npz b.npz {flags} --save_stats no/kept.npz", "no folder no"),
             ("a.npz b.npz --features pixels --weights test_vit.pth", "means nothing"),
             ("a.npz digits --features pixels", "judges of its own")):
-        with pytest.raises(data.UserError, match=words):
+        with pytest.raises(data.UserError, match=words), monkeypatch.context() as early:
+            early.setattr(fid, "measure", None)                          # before any work
             main(fid, wrong)
     torch.save(inception_weights(), "inception.pth")
     space = fid.Space("inception", "inception.pth")
@@ -2744,6 +2748,11 @@ def test_all_five_metrics_in_adms_layout(sets, capsys, monkeypatch):
         row["sfid"], rel=1e-6)
     assert adm["recall"] == fid.precision_and_recall(torch.tensor(f_a[0]),
                                                      torch.tensor(f_b[0][:6]))[1]
+    score = fid.InceptionScore()
+    score.update(Quick()(torch.from_numpy(b[:6]).permute(0, 3, 1, 2))[2])
+    as_samples = metrics_of("adm.npz b.npz", capsys)
+    assert as_samples["inception_score"] == pytest.approx(score.score)
+    assert as_samples["inception_score_splits"] == [6] and as_samples["fid"] < 1e-6
     main(fid, "a.npz adm.npz")
     assert "12 samples: below 50,000" in capsys.readouterr().out
     np.savez("moments.npz", **moments)
@@ -2867,7 +2876,7 @@ def photo_table(photos, prepared, tmp_path, monkeypatch):
             main(train, " ".join(command[2:]))
 
         monkeypatch.setattr(bench, "subprocess", argparse.Namespace(run=in_process))
-        main(bench, f"photos {name} --data {photos / 'prepared'} --val {photos / 'photos'} "
+        main(bench, f"photos {name} --data {photos / 'prepared'} --val {photos / 'bad'} "
                     "--size T --steps 5 --batch_size 4 --sample_steps 2 --eval_n 4 --n 8 "
                     f"--features pixels --r 4 --out {tmp_path} {flags}")
         return trained
