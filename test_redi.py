@@ -1460,16 +1460,28 @@ def test_quality_is_measured_once_at_each_point_however_often_the_run_is_killed(
     told to stop as the last step ends; by two processes, which share the samples. At the end it is
     what anybody measures."""
     monkeypatch.chdir(workdir)
-    monkeypatch.setattr(train, "JUDGED_AT_ONCE", 20)
+    monkeypatch.setattr(train, "JUDGED_AT_ONCE", 17)
     stop = lambda *args: os.kill(os.getpid(), signal.SIGTERM)
     flags = "--eval_every 3 --eval_n 50 --steps 6 --ckpt_every 100"
     assert train_together(tmp_path / "whole", flags) == [0]
-    for at_call, die, code in (((fid.Judge, "see", 1), None, -signal.SIGKILL),
-                               ((fid.Judge, "see", 0), stop, 128 + signal.SIGTERM),
-                               ((train.Trainer, "update", 1), None, -signal.SIGKILL),
-                               ((train.Trainer, "gradients", 1), stop, 128 + signal.SIGTERM)):
-        assert code in train_together(tmp_path / "out", flags, 2, at_call=at_call, die=die)
+    for at_call, die, code, saved in (
+            ((fid.Judge, "see", 1), None, -signal.SIGKILL, 3),
+            ((fid.Judge, "see", 0), stop, 128 + signal.SIGTERM, 3),
+            ((train.Trainer, "update", 1), None, -signal.SIGKILL, 3),
+            ((train.Trainer, "gradients", 1), stop, 128 + signal.SIGTERM, 6)):
+        codes = train_together(tmp_path / "out", flags, 2, at_call=at_call, die=die)
+        assert code in codes
+        assert sample.load_checkpoint(str(tmp_path / "out/ckpt.pt"))["step"] == saved
+    see = fid.Judge.see
+
+    def noted(self, images):
+        with open(tmp_path / f"seen_by_{os.environ['RANK']}", "a") as file:
+            file.write(f"{len(images)} ")
+        return see(self, images)
+
+    monkeypatch.setattr(fid.Judge, "see", noted)
     assert train_together(tmp_path / "out", flags, 2) == [0, 0]
+    assert (tmp_path / "seen_by_1").read_text() == "17 "                 # the other has 17 and 16
     measured = evaluations(tmp_path / "out")
     assert [row["step"] for row in measured] == [3, 6]
     for one, other in zip(evaluations(tmp_path / "whole"), measured, strict=True):
@@ -2779,9 +2791,13 @@ def test_images_that_are_none_are_one_line(sets, tmp_path):
     shutil.copytree("a", "text")
     (tmp_path / "text/000002.png").write_text("text")
     shutil.copytree("a", "broken")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)).save(
+        "broken/000002.png")                                            # in more than one piece
     png = (tmp_path / "broken/000002.png").read_bytes()
-    (tmp_path / "broken/000002.png").write_bytes(png.replace(b"IDAT", b"I!AT"))
-    stored = bytearray((tmp_path / "a.npz").read_bytes())
+    last = png.rindex(b"IDAT")
+    (tmp_path / "broken/000002.png").write_bytes(png[:last] + b"!!!!" + png[last + 4:])
+    np.savez("flipped.npz", arr_0=np.tile(a, (8, 1, 1, 1)))
+    stored = bytearray((tmp_path / "flipped.npz").read_bytes())
     stored[len(stored) // 2] ^= 1                                       # seen as its end is read
     (tmp_path / "flipped.npz").write_bytes(stored)
     np.savez("means.npz", mu=np.zeros(3), space="pixels", weights="")

@@ -660,9 +660,9 @@ def train(trainer, out, rank, n_processes, judge=None):
                     sums.zero_()
             if to_judge:                                             # saved first: it takes long
                 start = time.perf_counter()
-                metrics = None if stopping else evaluate(
-                    trainer.ema, judge, settings["eval_n"], trainer.meta, device, rank, n_processes,
-                    told, steps=settings["sample_steps"], bf16=trainer.args.bf16)
+                metrics = evaluate(trainer.ema, judge, settings["eval_n"], trainer.meta, device,
+                                   rank, n_processes, told, steps=settings["sample_steps"],
+                                   bf16=trainer.args.bf16)
                 if metrics is None:                                  # it is made on going on
                     break
                 if rank == 0:
