@@ -3053,19 +3053,17 @@ def broken(workdir):
     return workdir, lambda: {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("command, words", [
-    ("sample.py --ckpt truncated.pt", "damaged"),
-    ("train.py --seed 5", "contradicts")])
-def test_a_mistake_is_one_line_on_stderr_and_overwrites_nothing(broken, command, words):
+def test_a_mistake_is_one_line_on_stderr_and_overwrites_nothing(broken):
     folder, content = broken
     before = content()
-    error = run(command, folder, ok=False)
-    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+    error = run("train.py --seed 5", folder, ok=False)
+    assert error.startswith("error: ") and "contradicts" in error and error.count("\n") == 1
     assert content() == before
 
 
 @pytest.mark.parametrize("module, flags, words", [
     (sample, "--ckpt nowhere.pt", "no checkpoint at nowhere.pt"),
+    (sample, "--ckpt truncated.pt", "damaged"),
     (sample, "--labels 3,10", "classes 0 to 9"), (sample, "--n 0", "--n 0"),
     (sample, "--solver ddpm", "sde or euler"), (sample, "--steps 1", "--steps 1"),
     (sample, "--w_cfg nan", "--w_cfg nan"), (sample, "--cfg_interval 0.9,0.1", "--cfg_interval"),
