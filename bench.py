@@ -174,7 +174,11 @@ def train_and_judge(args, jobs, flags, judge, device="cpu", made_with=None):
     """Train the runs of jobs and judge their samples, seed by seed, but for those whose rows are
     there; the rows, by (run, what it was sampled with). made_with: what else decides a row."""
     rows, script = {}, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
-    jobs = [job for job in jobs if not args.only or job[0] in args.only]
+    jobs = {job[0]: job for job in jobs}
+    for name in args.only or ():
+        if name not in jobs:
+            raise data.UserError(f"--only {name}: this table has {', '.join(jobs)}")
+    jobs = [job for name, job in jobs.items() if not args.only or name in args.only]
     for seed, (name, of_run, hows) in itertools.product(args.seeds, jobs):
         out = f"{args.out}/{name}-{args.steps}-{seed}"
 
@@ -230,17 +234,9 @@ def photo_reference(args, meta, space):
                                        space.weights.encode()])).hexdigest()[:8]
     path = f"{args.out}/reference-{space.name}-{meta['image_size']}-{which}.npz"
     if not os.path.exists(path):
-        count = 0
         batches = data.Batches(args.val, files, np.arange(len(files)), 32, meta["image_size"])
-
-        def images():
-            nonlocal count
-            for _, images, good in batches.loader(2):
-                count += int(good.sum())
-                yield images[good].permute(0, 3, 1, 2)
-
-        measured = fid.measure(images(), len(files), space, args.val, keep=False)
-        measured.n = count                                 # those that could be read
+        readable = (images[good].permute(0, 3, 1, 2) for _, images, good in batches.loader(2))
+        measured = fid.measure(readable, len(files), space, args.val, keep=False)
         os.makedirs(args.out, exist_ok=True)
         fid.save_statistics(path, measured, space)
     return path
@@ -612,7 +608,7 @@ class Ours:
     def sample(self, n, calls):
         """n images of so many network calls, without decoding."""
         ema = self.trainer.ema
-        sample.generate(ema, torch.arange(n) % (ema.n_classes or 1), calls, batch_size=n,
+        sample.generate(ema, data.classes_in_turn(n, ema.n_classes), calls, batch_size=n,
                         device=self.trainer.device, bf16=self.trainer.args.bf16)
 
 

@@ -82,11 +82,10 @@ class InceptionScore:
     """exp of the mean KL(p(y | x) || p(y)) over each split of SPLIT images in order, the last one
     maybe shorter; their mean (arXiv 1606.03498). Logits are kept until their split is full."""
     def __init__(self):
-        self.n, self.scores, self.waiting = 0, [], []
+        self.scores, self.waiting = [], []
 
     def update(self, logits):
         """Add logits (B, classes), of any float type."""
-        self.n += len(logits)
         self.waiting.extend(np.asarray(logits, np.float64))
         while len(self.waiting) >= SPLIT:
             self.scores.append(self.of_split(self.waiting[:SPLIT]))
@@ -388,8 +387,8 @@ class Statistics:
 
 
 def measure(batches, n, space, name="", keep=True):
-    """The Statistics, in a Space, of batches uint8 (B, 3, H, W) of n images in all; keep: pool,
-    too."""
+    """The Statistics, in a Space, of batches uint8 (B, 3, H, W); n: about how many images, for the
+    progress bar; keep: pool, too. UserError for none, and for features that are not finite."""
     moments, score, kept, waiting = [], InceptionScore(), [], []
 
     def flush():                                           # many rows at once: 12 times as fast
@@ -416,9 +415,11 @@ def measure(batches, n, space, name="", keep=True):
                 kept.append(features[0])
             bar.update(len(batch))
     flush()
+    if not moments or moments[0].n < 2:
+        raise data.UserError(f"{name} has no two images that can be read; give others")
     done = [(each.mean, each.cov) for each in moments]
-    return Statistics(n, done[0], *done[1:], score=score if space.name == "inception" else
-                      None, pool=torch.cat(kept) if keep else None)
+    return Statistics(moments[0].n, *done, score=score if space.name == "inception" else None,
+                      pool=torch.cat(kept) if keep else None)
 
 
 def holds(path, name):

@@ -1,7 +1,8 @@
 """The evidence, one section per file: model, data, pca, train, sample, fid, command lines.
 
     pytest                                   # CPU, no network
-    python test_redi.py ReDi DiT             # records the peers' numbers anew, from their clones
+    python test_redi.py ReDi DiT TF          # records the peers' numbers anew, from two clones and
+                                             # the folder where torch-fidelity is installed
 """
 import argparse
 import contextlib
@@ -2923,6 +2924,8 @@ def test_every_row_on_photographs_is_a_job_that_is_made_once(photos, photo_table
     assert rows[3]["frechet_pixels"] == pytest.approx(expected, rel=1e-3)
     capsys.readouterr()
     assert photo_table("methods", "--only SiT-none --seeds 0 1") == []
+    with pytest.raises(data.UserError, match="--only SiT-non: this table has SiT-none, SiT-REPA"):
+        photo_table("methods", "--only SiT-non")
     values = [rows[i]["frechet_pixels"] for i in (0, 5)]
     spread = f"{np.mean(values):.0f} ± {np.std(values, ddof=1):.0f}"
     assert f"| {spread} |" in capsys.readouterr().out
@@ -3191,6 +3194,7 @@ def test_the_main_job_makes_digits_that_read_as_asked(tmp_path):
 
 
 if __name__ == "__main__":
-    record_peers(*sys.argv[1:])
-    record_sde_peers(sys.argv[1])
-    record_inception_peer(sys.argv[3])
+    redi, dit, torch_fidelity = sys.argv[1:]
+    record_peers(redi, dit)
+    record_sde_peers(redi)
+    record_inception_peer(torch_fidelity)

@@ -361,7 +361,7 @@ def preview(ema, settings, meta, device, bf16, path, rows=4):
     """Save a sheet of samples from the EMA, from the same noise at every call; up to ten classes,
     one a column."""
     columns = min(ema.n_classes, 10) or 10
-    y = torch.arange(columns * rows) % (min(ema.n_classes, 10) or 1)
+    y = data.classes_in_turn(columns * rows, min(ema.n_classes, 10))
     x, z = sample.generate(ema, y, settings["sample_steps"], batch_size=columns * rows // 2,
                            device=device, bf16=bf16)
     picture = sample.sheet(data.decode(x, meta, device), z, meta["z_std"], columns)
