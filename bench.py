@@ -3,6 +3,8 @@
     python bench.py digits --seeds 0 1 2      # every method on digits
     python bench.py photos methods --data prepared/photos --val DIR     # and on photographs
     python bench.py curves                    # their distances over steps, a picture
+    python bench.py sheets --ckpt FILE FILE   # their samples from equal noise, one below the other
+    python bench.py losses --ckpt FILE FILE   # their losses over time, with z and without
     python bench.py few_steps --ckpt out/ckpt.pt out/ddpm/ckpt.pt       # solvers over their calls
     python bench.py guidance --ckpt out/ckpt.pt                        # w_r x w_cfg
     python bench.py sampling --official DIR   # samples/s beside the authors' sampler
@@ -355,6 +357,71 @@ def curves(args):
     figure.tight_layout()
     figure.savefig(args.out, dpi=120)
     print(f"{args.out}: {', '.join(name for name, _ in runs)}")
+
+
+def run_of(path):
+    """The name of the folder that a checkpoint lies in."""
+    return os.path.basename(os.path.dirname(os.path.abspath(path)))
+
+
+def sheets(args):
+    """A picture: samples of every checkpoint, of equal classes and noise, above their features."""
+    names, images, features = [], [], []
+    for path in args.ckpt:
+        net, about = sample.load_model(path)
+        y, device = data.classes_in_turn(args.n, net.n_classes), data.pick_device(args.device)
+        z_std = about["meta"]["z_std"]
+        for w_r in args.w_r if net.r else [1.0]:
+            x, z = sample.generate(net.to(device), y, about["settings"]["sample_steps"], w_r=w_r,
+                                   seed=args.seed, device=device, progress=True)
+            names.append(run_of(path) + f", RG {w_r:g}" * (w_r != 1))
+            images.append(data.decode(x, about["meta"], device))
+            features.append(None if z is None else z.numpy() / np.reshape(z_std, (-1, 1, 1)))
+    widest = max([1] + [z.shape[1] for z in features if z is not None])
+    sample.sheet(images, features, np.ones(widest), args.n, names).save(args.out)
+    print(f"{args.out}: {', '.join(names)}")
+
+
+@torch.no_grad()
+def losses_over_time(path, folder, n, device):
+    """The training losses of a checkpoint's EMA on n images of a prepared folder (None: of its
+    training data), with the same noise at every time and for every network of as many channels:
+    time from 0, noise, to 1, data -> {"x": mean, "z": mean (0 without), "x, z null": mean}."""
+    net, about = sample.load_model(path)
+    net, source = net.to(device), data.open_data(folder or about["settings"]["data"], net.r)
+    for key in ("codec", "scale", "shift", "x_size", "z_std"):
+        if source.meta[key] != about["meta"][key]:
+            raise data.UserError(f"{path} was trained on data with another {key}")
+    x, z, y, _ = source.batch(source.examples(n))
+    generator = torch.Generator().manual_seed(0)
+    eps_x, eps_z = (None if part is None else torch.randn(part.shape, generator=generator)
+                    for part in (x, z))                              # x's first: the same for all
+    y = y if net.n_classes else torch.zeros_like(y)
+    found = {}
+    for u in np.arange(0.05, 1, 0.1):
+        t, losses = net.process.draw_t(torch.full((n,), u)), {}
+        for dropped in (False, True)[:1 + bool(net.r)]:
+            batch = (x, z, y, t, eps_x, eps_z, torch.full((n,), dropped))
+            of_batches = [train.joint_loss(net, net.process, *train.of_each(
+                batch, lambda part: part[rows].to(device))) for rows in torch.arange(n).split(64)]
+            of_x, of_z = (torch.cat(parts).mean().item() for parts in zip(*of_batches))
+            losses |= {"x, z null": of_x} if dropped else {"x": of_x, "z": of_z}
+        found[round(net.process.data_time(t[0]).item(), 2)] = losses
+    return dict(sorted(found.items()))
+
+
+def losses(args):
+    """Print where in time z helps a checkpoint to denoise x, and what z itself costs."""
+    tables = [losses_over_time(path, args.data, args.n, data.pick_device(args.device))
+              for path in args.ckpt]
+    print(f"| run | loss of | {' | '.join(f't = {t:g}' for t in tables[0])} |\n|---|---"
+          + "|---" * len(tables[0]) + "|")
+    for path, table in zip(args.ckpt, tables):
+        with_z = "x, z null" in next(iter(table.values()))
+        for name in ("x", "x, z null", "z") if with_z else ("x",):
+            cells = " | ".join(f"{of_t[name]:.3f}" for of_t in table.values())
+            print(f"| {run_of(path)} | {name} | {cells} |")
+    print(f"\n{args.n} images; {hardware()}, {time.strftime('%Y-%m-%d')}")
 
 
 def judged(args, path, how):
@@ -1023,6 +1090,23 @@ def parser():
     q.add_argument("--only", nargs="+", metavar="RUN", help="just these (default: all)")
     q.add_argument("--label", default="Fréchet distance", help="default: %(default)s")
     q.add_argument("--out", default="curves.png", metavar="FILE", help="default: %(default)s")
+    for table, text in ((sheets, "a picture of samples from equal noise"),
+                        (losses, "losses over time, with z and without")):
+        q = tables.add_parser(table.__name__, help=text, allow_abbrev=False)
+        q.set_defaults(table=table)
+        q.add_argument("--ckpt", nargs="+", required=True, metavar="FILE", help="of train.py")
+        q.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+        if table is sheets:
+            q.add_argument("--w_r", type=float, nargs="+", default=[1.0],
+                           help="of nets with z, a version for each (default: 1)")
+            q.add_argument("--n", type=int, default=10, help="samples (default: %(default)s)")
+            q.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+            q.add_argument("--out", default="sheets.png", metavar="FILE",
+                           help="picture (default: %(default)s)")
+        else:
+            q.add_argument("--data", metavar="DIR", help="other images, prepared with the same "
+                                                         "PCA (default: the training data)")
+            q.add_argument("--n", type=int, default=512, help="images (default: %(default)s)")
     for table, text in ((few_steps, "solvers over their network calls, on digits"),
                         (guidance, "w_r x w_cfg, on digits")):
         q = tables.add_parser(table.__name__, help=text, allow_abbrev=False)

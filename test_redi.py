@@ -2958,6 +2958,43 @@ def test_generated_features_are_probed_on_real_ones(photos, photo_table, tmp_pat
         photo_table("features")
 
 
+def test_losses_over_time_are_mean_squares_with_and_without_z(workdir, digits, tmp_path, capsys):
+    path = str(workdir / "out/ckpt.pt")
+    main(bench, f"losses --ckpt {path} --n 70 --data {workdir / 'prepared/digits'}")   # 64 and 6
+    header, _, *lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [line[:2] for line in lines[:3]] == [["| out", name] for name in ("x", "x, z null", "z")]
+    net, _ = sample.load_model(path)
+    x, z, y, _ = digits.batch(digits.examples(70))
+    generator = torch.Generator().manual_seed(0)
+    eps_x, eps_z = (torch.randn(part.shape, generator=generator) for part in (x, z))
+    t = torch.full((70,), 0.35)
+    x_t, z_t = 0.35 * x + 0.65 * eps_x, 0.35 * z + 0.65 * eps_z
+    with torch.no_grad():
+        (pred_x, pred_z), (null_x, _) = (net(x_t, fed, t, y) for fed in (z_t, 0 * z_t))
+    expected = [(pred - target).square().mean().item() for pred, target in (
+        (pred_x, x - eps_x), (null_x, x - eps_x), (pred_z, z - eps_z))]
+    found = [float(line[header.index("t = 0.35")]) for line in lines[:3]]
+    assert found == pytest.approx(expected, abs=6e-4)
+    with pytest.raises(data.UserError, match="with another codec"):
+        checkpoint = torch.load(path)
+        checkpoint["meta"]["codec"] = "another"
+        torch.save(checkpoint, tmp_path / "ckpt.pt")
+        main(bench, f"losses --ckpt {tmp_path / 'ckpt.pt'} --data {workdir / 'prepared/digits'}")
+
+
+def test_sheets_show_checkpoints_from_equal_noise(workdir, tmp_path, capsys):
+    path, out = str(workdir / "out/ckpt.pt"), f"{tmp_path}/sheets.png"
+    main(bench, f"sheets --ckpt {path} {path} --w_r 1 3 --n 3 --seed 5 --out {out}")
+    assert capsys.readouterr().out == f"{out}: out, out, RG 3, out, out, RG 3\n"
+    net, about = sample.load_model(path)
+    x, z = zip(*(sample.generate(net, torch.tensor([0, 3, 6]), about["settings"]["sample_steps"],
+                                 seed=5, w_r=w_r) for w_r in (1, 3, 1, 3)))
+    expected = sample.sheet([data.to_images(part) for part in x], list(z), about["meta"]["z_std"],
+                            3, ["out", "out, RG 3"] * 2)
+    with Image.open(out) as picture:
+        assert np.abs(np.int16(picture) - np.int16(expected)).max() <= 1
+
+
 def test_z_of_unit_rms_is_the_same_z_but_for_its_scale(photos, prepared, tmp_path):
     shutil.copytree(photos / "prepared", tmp_path / "a")
     out = bench.unit_rms(f"{tmp_path}/a/")
