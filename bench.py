@@ -299,17 +299,15 @@ def photos(args):
     points = [k * every for k in range(1, 6)]
     header = " | ".join(f"{step:,} steps" for step in points)
     print(f"| run | sampled with | {header} | at the end, "
-          f"{args.n:,} samples | training images/s | sampling images/s |\n"
-          f"|---|---|{'---|' * 5}---|---|---|")
+          f"{args.n:,} samples | training images/s |\n|---|---|{'---|' * 5}---|---|")
     for (name, *how), of_seeds in rows.items():
         curves = [dict(row["curve"]) for row in of_seeds]
         cells = [mean_and_spread([curve[step] for curve in curves], 0)
                  if all(step in curve for curve in curves) else "" for step in points]
         cells += [mean_and_spread([row[f"frechet_{args.features}"] for row in of_seeds], 0)]
-        training = statistics.median(row["images_per_s"] for row in of_seeds)
-        sampling = statistics.median(args.n / row["seconds"] for row in of_seeds)
+        speed = statistics.median(row["images_per_s"] for row in of_seeds)
         print(f"| {name} | {', '.join(f'{key} {value}' for key, value in how)} | "
-              f"{' | '.join(cells)} | {training:.0f} | {sampling:.1f} |")
+              f"{' | '.join(cells)} | {speed:.0f} |")
     if args.name == "features":
         name = f"SiT-merged-{args.steps}-{args.seeds[0]}"
         found = kept(f"{args.out}/rows.jsonl", {
