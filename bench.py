@@ -30,6 +30,7 @@ import os
 import platform
 import random
 import resource
+import signal
 import socket
 import statistics
 import subprocess
@@ -51,7 +52,7 @@ import pca
 import sample
 import train
 
-N_DIGITS = 1_000                         # samples behind each row
+N_SAMPLES = 1_000                         # samples behind each row
 # what a run is trained for -> train.py's flags
 METHODS = {"none": ["--fusion=none"], "REPA": ["--fusion=none", f"--repa={train.REPA_WEIGHT}"],
            "merged": ["--fusion=merged"], "separate": ["--fusion=separate"],
@@ -59,7 +60,8 @@ METHODS = {"none": ["--fusion=none"], "REPA": ["--fusion=none", f"--repa={train.
 
 
 def digit_jobs(args):
-    """(name, train.py's flags, what to sample it with) of the runs on digits."""
+    """(name, train.py's flags, what to sample it with) of the runs on digits. A flag may be a
+    function that makes it, for when the run is wanted."""
     for of, flag in (("unconditional", ["--unconditional"]), ("conditional", [])):
         for method in ("none", "REPA", "merged", "separate"):
             weights = (1.0, 1.5) if method in model.FUSIONS[1:] else (1.0,)
@@ -85,11 +87,16 @@ def photo_jobs(args):
             yield job(f"{family}-unconditional-merged", family, "merged", "--unconditional",
                       hows=[{"w_r": w_r} for w_r in (1.0, 1.1, 1.5, 2.0)])
     elif args.name == "settings":
+        yield job("SiT-merged", "SiT", "merged")
+        defaults = {"r": args.r, "lam_z": train.DEFAULTS["lam_z"],
+                    "p_drop_z": train.DEFAULTS["p_drop_z"]}
         for flag, values in (("r", (1, 2, 4, 8, 16)), ("lam_z", (0.25, 1.0, 4.0)),
                              ("p_drop_z", (0.0, 0.1, 0.2, 0.5))):
             for value in values:
-                yield job(f"SiT-merged-{flag}-{value:g}", "SiT", "merged", f"--{flag}={value}")
-        yield job("SiT-merged-z-of-unit-RMS", "SiT", "merged", f"--data={unit_rms(args.data)}")
+                if value != defaults[flag]:
+                    yield job(f"SiT-merged-{flag}-{value:g}", "SiT", "merged", f"--{flag}={value}")
+        yield job("SiT-merged-z-of-unit-RMS", "SiT", "merged",
+                  lambda: f"--data={unit_rms(args.data, args.r)}")
     elif args.name == "guidance":
         hows = [{"w_cfg": w_cfg, "w_r": w_r} for w_r in (1.0, 1.5)
                 for w_cfg in (1.0, 1.5, 2.0, 4.0)]
@@ -101,13 +108,15 @@ def photo_jobs(args):
             yield job("SiT-merged-two-levels", "SiT", "merged", f"--data={args.two_levels}")
 
 
-def unit_rms(folder):
-    """The prepared folder again, its z divided by their root mean square, beside the first; what
-    does not change is linked. Its name."""
+def unit_rms(folder, r):
+    """The prepared folder again, beside the first: z divided by the root mean square of the r
+    channels that are read; what does not change is linked. Its name, of which a hash of z is a
+    part."""
+    folder, channels = folder.rstrip("/"), data.Prepared(folder, r).channels
     with open(f"{folder}/meta.json") as file:
         meta = json.load(file)
-    out = f"{folder.rstrip('/')}-unit"
-    scale = 1 / float(np.sqrt(np.mean(np.square(meta["z_rms"]))))
+    out = f"{folder}-unit-{r}-{meta['arrays']['z']['sha256'][:8]}"
+    scale = 1 / float(np.sqrt(np.mean(np.square(np.array(meta["z_rms"])[channels]))))
     if os.path.exists(f"{out}/meta.json"):
         return out
     os.makedirs(out, exist_ok=True)
@@ -118,7 +127,9 @@ def unit_rms(folder):
             .astype(np.float16))
     for name in ("z_std", "z_rms"):
         meta[name] = [value * scale for value in meta[name]]
-    meta["pca_scale"] *= scale
+    for scaled in (meta, *meta["encoders"]):
+        scaled["pca_scale" if scaled is meta else "scale"] *= scale
+    meta["arrays"]["z"]["sha256"] = f"{scale:.9g} of {meta['arrays']['z']['sha256']}"
     data.write_json(f"{out}/meta.json", meta | {"name": f"{meta['name']}, z of unit RMS"})
     return out
 
@@ -148,6 +159,13 @@ def images_per_s(out):
                              if "images_per_s" in row)
 
 
+def training_seconds(out, batch_size):
+    """Of a run by its log, without what it spent on samples and checkpoints."""
+    rows = [row for row in rows_of(f"{out}/log.jsonl") if "images_per_s" in row]
+    return sum((row["step"] - before["step"]) * batch_size / row["images_per_s"]
+               for before, row in zip([{"step": 0}, *rows], rows))
+
+
 def kept(path, key, make):
     """The row of a .jsonl file that says all that key says; if there is none, make()'s is added."""
     for row in rows_of(path):
@@ -155,8 +173,16 @@ def kept(path, key, make):
             return row
     row = key | make() | {"hardware": hardware(), "date": time.strftime("%Y-%m-%d")}
     os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "ab+") as file:                        # what a full disk left of a row
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
     train.append(path, row)
     return row
+
+
+def made_on(rows):
+    """Hardware and date of rows, each pair once."""
+    return "; ".join(sorted({f"{row['hardware']}, {row['date']}" for row in rows}))
 
 
 def judge_samples(net, meta, judge, n, device="cpu", **how):
@@ -172,37 +198,80 @@ def judge_samples(net, meta, judge, n, device="cpu", **how):
         name.split(f"_{n}_vs_")[0]: value for name, value in metrics.items()}
 
 
-def train_and_judge(args, jobs, flags, judge, device="cpu", made_with=None):
+def decisive(settings, meta):
+    """What of a run's settings and its data's meta decides its weights and its curve, comparable
+    over machines."""
+    free = ("data", "seed", "log_every", "ckpt_every", "preview_every", "keep_every")
+    chosen = {name: value for name, value in settings.items() if name not in free}
+    chosen |= {name: os.path.basename(settings[name] or "")
+               for name in ("eval_reference", "eval_weights")}
+    arrays = "xy" + "z" * (settings["r"] > 0) + "f" * (settings["repa"] > 0)
+    return chosen | {"data": {name: meta["arrays"][name]["sha256"] for name in arrays}}
+
+
+def train_to_the_end(command):
+    """Run train.py, which saves first where SIGTERM or Ctrl-C ends this process."""
+    process = subprocess.Popen(command)
+    handlers = {number: signal.signal(number, lambda *_: process.terminate())    # may come twice
+                for number in (signal.SIGTERM, signal.SIGINT)}
+    code = process.wait()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if code - 128 in handlers:
+        sys.exit(code)
+    if code:
+        raise data.UserError("training failed, as said above; the same command goes on from there")
+
+
+def train_and_judge(args, jobs, flags, judge, device="cpu"):
     """Train the runs of jobs and judge their samples, seed by seed, but for those whose rows are
-    there; the rows, by (run, what it was sampled with). made_with: what else decides a row."""
-    rows, script = {}, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
-    jobs = {job[0]: job for job in jobs}
+    there; the rows, by (run, what it was sampled with)."""
+    jobs = {name: job for name, *job in jobs}
     for name in args.only or ():
         if name not in jobs:
             raise data.UserError(f"--only {name}: this table has {', '.join(jobs)}")
-    jobs = [job for name, job in jobs.items() if not args.only or name in args.only]
-    for seed, (name, of_run, hows) in itertools.product(args.seeds, jobs):
+    chosen = []
+    for name in args.only or jobs:
+        of_run, hows = jobs[name]
+        of_run = [*flags, *(flag() if callable(flag) else flag for flag in of_run),
+                  f"--steps={args.steps}"]
+        settings = train.resolve(train.typed(train.parser().parse_args(of_run)), None)
+        source = data.open_data(settings["data"], settings["r"], settings["repa"] > 0)
+        chosen.append((name, of_run, hows, decisive(settings, source.meta)))
+
+    rows, script = {}, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+    for seed, (name, of_run, hows, made_with) in itertools.product(args.seeds, chosen):
         out = f"{args.out}/{name}-{args.steps}-{seed}"
 
         @functools.cache
         def trained():
+            _, checkpoint, _ = train.newest_checkpoint(out)
+            if checkpoint:
+                found = decisive(train.DEFAULTS | checkpoint["settings"], checkpoint["meta"])
+                for setting, value in made_with.items():
+                    if found.get(setting) != value:
+                        raise data.UserError(f"{out} was trained with {setting} "
+                                             f"{found.get(setting)}, and this table's is {value}: "
+                                             "choose another --out")
             if not os.path.exists(f"{out}/sheet.png"):               # the last that it writes
-                subprocess.run([sys.executable, script, *flags, *of_run, f"--steps={args.steps}",
-                                f"--seed={seed}", "--out", out], check=True)
+                train_to_the_end([sys.executable, script, *of_run, f"--seed={seed}", "--out", out])
             return sample.load_model(f"{out}/ckpt.pt")
 
         def made():
             net, about = trained()
-            how_many = {"steps": about["settings"]["sample_steps"]} | how
-            metrics = judge_samples(net, about["meta"], judge(), args.n, device, **how_many)
+            options = {"steps": about["settings"]["sample_steps"],
+                       "bf16": torch.device(device).type == "cuda"} | how
+            metrics = judge_samples(net, about["meta"], judge(), args.n, device, **options)
             distances = [[row["step"], next(value for key, value in row.items() if
                                             key.startswith("frechet"))]
                          for row in rows_of(f"{out}/log.jsonl") if "eval_seconds" in row]
-            return metrics | {"images_per_s": images_per_s(out), "curve": distances}
+            return metrics | {
+                "images_per_s": images_per_s(out), "curve": distances,
+                "training_seconds": training_seconds(out, about["settings"]["batch_size"])}
 
         for how in hows:
-            key = {"run": name, "training_steps": args.steps, "seed": seed, "n": args.n,
-                   "made_with": made_with or {}, "sampled_with": how}
+            key = {"run": name, "seed": seed, "n": args.n, "made_with": made_with,
+                   "sampled_with": how}
             rows.setdefault((name, *how.items()), []).append(kept(f"{args.out}/rows.jsonl", key,
                                                                   made))
     return rows
@@ -225,15 +294,13 @@ def digits(args):
         speed = statistics.median(row["images_per_s"] for row in of_seeds)
         print(f"| {name} | {dict(how)['w_r']:g} | {' | '.join(cells)} | {speed:.0f} |")
     print(f"\n{args.steps} steps of {train.DIGITS['batch_size']}, {args.n} samples; mean ± "
-          f"standard deviation of the seeds {args.seeds}; {hardware()}, "
-          f"{time.strftime('%Y-%m-%d')}")
+          f"standard deviation of the seeds {args.seeds}; {made_on(sum(rows.values(), []))}")
 
 
 def photo_reference(args, meta, space):
     """The moments of the validation photographs in a Space: the file that has them."""
     files, _, _ = data.list_images(args.val)
-    which = hashlib.sha256(b"\n".join([os.fsencode(os.path.abspath(args.val)), *files,
-                                       space.weights.encode()])).hexdigest()[:8]
+    which = hashlib.sha256(b"\n".join([*files, space.weights.encode()])).hexdigest()[:8]
     path = f"{args.out}/reference-{space.name}-{meta['image_size']}-{which}.npz"
     if not os.path.exists(path):
         batches = data.Batches(args.val, files, np.arange(len(files)), 32, meta["image_size"])
@@ -285,40 +352,51 @@ def photos(args):
     every = max(args.steps // 5, 1)
     flags = [f"--{name}={value}" for name, value in {
         "data": args.data, "batch_size": args.batch_size, "lr": args.lr, "eval_every": every,
-        "ckpt_every": every, "preview_every": args.steps, "log_every": max(args.steps // 50, 1),
+        "ckpt_every": max(args.steps // 20, 1), "preview_every": args.steps,
+        "log_every": max(args.steps // 50, 1),
         "sample_steps": args.sample_steps, "eval_n": args.eval_n, "eval_reference": reference,
         "eval_features": args.features, "eval_weights": args.weights, "device": args.device
         }.items() if value is not None]
     flags += ["--eval_features_kwargs", *args.features_kwargs] if args.features_kwargs else []
-    made_with = {name: getattr(args, name) for name in (
-        "size", "r", "batch_size", "lr", "sample_steps", "eval_n", "features")} | {
-            "data": meta["arrays"]["x"]["sha256"][:16] + meta["arrays"]["z"]["sha256"][:16],
-            "reference": os.path.basename(reference)}
     rows = train_and_judge(args, photo_jobs(args), flags, functools.cache(
-        lambda: fid.Judge(fid.stored_statistics(reference, space), space)), device, made_with)
+        lambda: fid.Judge(fid.stored_statistics(reference, space), space)), device)
     points = [k * every for k in range(1, 6)]
     header = " | ".join(f"{step:,} steps" for step in points)
     print(f"| run | sampled with | {header} | at the end, "
-          f"{args.n:,} samples | training images/s |\n|---|---|{'---|' * 5}---|---|")
+          f"{args.n:,} samples | training images/s | sampling images/s |\n"
+          f"|---|---|{'---|' * 5}---|---|---|")
     for (name, *how), of_seeds in rows.items():
         curves = [dict(row["curve"]) for row in of_seeds]
+        unguided = all(weight == 1 for _, weight in how)   # as the curve's samples
         cells = [mean_and_spread([curve[step] for curve in curves], 0)
-                 if all(step in curve for curve in curves) else "" for step in points]
+                 if unguided and all(step in curve for curve in curves) else "" for step in points]
         cells += [mean_and_spread([row[f"frechet_{args.features}"] for row in of_seeds], 0)]
-        speed = statistics.median(row["images_per_s"] for row in of_seeds)
+        training = statistics.median(row["images_per_s"] for row in of_seeds)
+        sampling = statistics.median(args.n / row["seconds"] for row in of_seeds)
         print(f"| {name} | {', '.join(f'{key} {value}' for key, value in how)} | "
-              f"{' | '.join(cells)} | {speed:.0f} |")
-    if args.name == "features":
-        name = f"SiT-merged-{args.steps}-{args.seeds[0]}"
+              f"{' | '.join(cells)} | {training:.0f} | {sampling:.1f} |")
+    if args.name == "features" and ("SiT-merged",) in rows:
+        name, row = f"SiT-merged-{args.steps}-{args.seeds[0]}", rows["SiT-merged",][0]
         found = kept(f"{args.out}/rows.jsonl", {
-            "probe": name, "n": args.n, "made_with": made_with, "val_data": args.val_data},
+            "probe": name, "n": args.n, "made_with": row["made_with"],
+            "val_data": data.Prepared(args.val_data).meta["arrays"]["z"]["sha256"]},
             lambda: probe(args, f"{args.out}/{name}/ckpt.pt", device))
         print(f"\nClasses of real validation z, by linear classifiers of {args.n:,} images: from "
               f"generated z {found['from_generated_z']:.1f} % right, from real z "
               f"{found['from_real_z']:.1f} %")
-    print(f"\nFréchet distances, {args.features}: {args.eval_n:,} samples while training, against "
-          f"{args.val}; batch {args.batch_size}, lr {args.lr:g}, {args.sample_steps} calls a "
-          f"sample, seeds {args.seeds}; {hardware()}, {time.strftime('%Y-%m-%d')}")
+    print(f"\nFréchet distances in the space of {args.features} "
+          f"{os.path.basename(args.weights or '')}, against {args.val}, of {args.eval_n:,} samples "
+          f"while training; z of {', '.join(each['encoder'] for each in meta['encoders'])}; batch "
+          f"{args.batch_size}, lr {args.lr:g}, {args.sample_steps} calls a sample, seeds "
+          f"{args.seeds}; {made_on(sum(rows.values(), []))}")
+
+
+def method_of(settings):
+    """The name in METHODS of a run with these settings."""
+    for name, flags in METHODS.items():
+        wanted = {"repa": 0.0} | train.typed(train.parser().parse_args(flags))
+        if all(settings[key] == value for key, value in wanted.items()):
+            return name
 
 
 def curves(args):
@@ -332,23 +410,28 @@ def curves(args):
     runs, rates = {}, {}
     for row in rows_of(args.rows):
         if row.get("curve") and (not args.only or row["run"] in args.only):
-            settings = json.dumps([row["training_steps"], row["made_with"]])
+            settings = json.dumps(row["made_with"])
             runs.setdefault((row["run"], settings), {})[row["seed"]] = row["curve"]
     for row in rows_of(args.rates) if args.rates else ():
-        rates[row["model"].split("-")[0], row["run"]] = row["batch_size"] / row["images_per_s"]
+        rates[row["model"], row["run"]] = row["images_per_s"]
     if not runs:
         raise data.UserError(f"{args.rows} has no curves; make some with: bench.py photos methods")
     figure, panels = pyplot.subplots(1, 1 + bool(rates), figsize=(5 + 4.5 * bool(rates), 3.6),
                                      sharey=True, squeeze=False)
-    for i, ((name, _), of_seeds) in enumerate(runs.items()):
-        family, method = name.replace("unconditional-", "").split("-", 1)
+    for i, ((name, settings), of_seeds) in enumerate(runs.items()):
+        made_with, scales = json.loads(settings), [1]
+        if rates:
+            which = made_with["model"], method_of(made_with)
+            if which not in rates:
+                raise data.UserError(f"{args.rates} has no {' '.join(which)}: make it with "
+                                     f"bench.py speed --models {which[0]} --methods {which[1]}")
+            scales.append(made_with["batch_size"] / rates[which])
         steps = [step for step, _ in next(iter(of_seeds.values()))]
         mean = np.mean([[distance for _, distance in curve] for curve in of_seeds.values()], 0)
-        style = {"marker": "o", "markersize": 3, "linestyle": "-" if family == "SiT" else "--",
-                 "color": f"C{i % 10}", "label": name}
-        for panel, scale in zip(panels[0], (1, rates.get((family, method)))):
-            if scale:
-                panel.plot(np.multiply(steps, scale), mean, **style)
+        style = {"marker": "o", "markersize": 3, "color": f"C{i % 10}", "label": name,
+                 "linestyle": "-" if name.startswith("SiT") else "--"}
+        for panel, scale in zip(panels[0], scales):
+            panel.plot(np.multiply(steps, scale), mean, **style)
     for panel, label in zip(panels[0], ("training steps", "training seconds")):
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
@@ -372,8 +455,9 @@ def sheets(args):
         y, device = data.classes_in_turn(args.n, net.n_classes), data.pick_device(args.device)
         z_std = about["meta"]["z_std"]
         for w_r in args.w_r if net.r else [1.0]:
+            sample.check_guidance(about, argparse.Namespace(ckpt=path, w_r=w_r, w_cfg=1))
             x, z = sample.generate(net.to(device), y, about["settings"]["sample_steps"], w_r=w_r,
-                                   seed=args.seed, device=device, progress=True)
+                                   seed=args.seed, batch_size=args.n, device=device)
             names.append(run_of(path) + f", RG {w_r:g}" * (w_r != 1))
             images.append(data.decode(x, about["meta"], device))
             features.append(None if z is None else z.numpy() / np.reshape(z_std, (-1, 1, 1)))
@@ -1040,7 +1124,7 @@ def parser():
     def runs(q, steps, out):
         q.add_argument("--steps", type=int, default=steps,
                        help="training steps of each run (default: %(default)s)")
-        q.add_argument("--n", type=int, default=N_DIGITS,
+        q.add_argument("--n", type=int, default=N_SAMPLES,
                        help="samples a row (default: %(default)s)")
         q.add_argument("--seeds", type=int, nargs="+", default=[0],
                        help="of training, a run for each (default: 0)")
@@ -1076,7 +1160,7 @@ def parser():
     q.add_argument("--batch_size", type=int, default=256, help="default: %(default)s")
     q.add_argument("--lr", type=float, default=1e-4, help="default: %(default)s")
     q.add_argument("--sample_steps", type=int, default=50, help="default: %(default)s")
-    q.add_argument("--eval_n", type=int, default=N_DIGITS,
+    q.add_argument("--eval_n", type=int, default=N_SAMPLES,
                    help="samples at each point of the curves (default: %(default)s)")
     q.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     runs(q, 20_000, "runs/photos")
@@ -1113,7 +1197,7 @@ def parser():
         q.set_defaults(table=table)
         q.add_argument("--ckpt", nargs="+" if table is few_steps else 1, default=["out/ckpt.pt"],
                        metavar="FILE", help="of train.py on digits (default: out/ckpt.pt)")
-        q.add_argument("--n", type=int, default=N_DIGITS, help="samples (default: %(default)s)")
+        q.add_argument("--n", type=int, default=N_SAMPLES, help="samples (default: %(default)s)")
         q.add_argument("--out", default=f"runs/{table.__name__}", metavar="DIR",
                        help="where rows.jsonl is (default: %(default)s)")
         if table is few_steps:

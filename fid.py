@@ -216,8 +216,9 @@ class Space:
     do. UserError if it cannot be had.
 
     name: inception, dinov2, pixels, or a timm model, whose pooled features are taken; weights: a
-    file, None for the published ones; settings: timm.create_model's; flags: what precedes
-    "features", "weights" and "features_kwargs" in the flags that these came from.
+    file, None for the published ones; settings: timm.create_model's, and mean and std in place of
+    the model's own; flags: what precedes "features", "weights" and "features_kwargs" in the flags
+    that these came from.
     """
     def __init__(self, name, weights=None, settings=None, device="cpu", flags=""):
         self.name, self.device, self.weights = name, torch.device(device), ""
@@ -251,13 +252,15 @@ class Space:
         import timm
         if name == "dinov2":
             name, settings = DINOV2, {"img_size": DINOV2_PIXELS} | settings
+        ours = {key: settings.pop(key) for key in ("mean", "std") if key in settings}
         overlay = {"file": weights, "custom_load": weights.endswith(".npz")} if weights else {}
         net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **settings)
         net.reset_classifier(0)                            # only now: the load was strict
         net = net.eval().requires_grad_(False)
-        config = timm.data.resolve_model_data_config(net)
+        config = timm.data.resolve_model_data_config(net) | ours
         self.size = settings.get("img_size", config["input_size"][-1])
-        self.mean, self.std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+        self.mean, self.std = (torch.tensor(config[key]).expand(3).view(3, 1, 1)
+                               for key in ("mean", "std"))
         net(torch.zeros(1, 3, self.size, self.size))       # settings that do not fit fail here
         return net
 
@@ -676,7 +679,8 @@ def parser():
                         "pixels, or any timm model (default: %(default)s)")
     p.add_argument("--weights", metavar="FILE", help="the space's weights (default: downloaded)")
     p.add_argument("--features_kwargs", nargs="*", metavar="KEY=VALUE",
-                   help="arguments of timm.create_model")
+                   help="arguments of timm.create_model; mean and std of the images it was "
+                        "trained on, where timm's are others")
     p.add_argument("--save_stats", metavar="FILE", help="keep what was measured of the reference, "
                                                         "an .npz that is a reference, too")
     p.add_argument("--batch_size", type=int, default=32, help="images a batch (default: 32)")

@@ -2615,14 +2615,17 @@ def test_a_space_is_a_network_with_its_weights_and_settings(sets, tmp_path, caps
                     for settings in (None, {"img_size": 192}))
     mean, most = (fid.Space("test_resnet", "test_resnet.pth", settings)
                   for settings in (None, {"global_pool": "max"}))
+    other = fid.Space("test_vit", "test_vit.pth", {"mean": 0.5, "std": 0.25})
     config = timm.data.resolve_model_data_config(net)
     x = torch.nn.functional.interpolate(images / 255, config["input_size"][1:], mode="bicubic",
                                         antialias=True).clamp(0, 1)
-    x = (x - torch.tensor(config["mean"]).view(3, 1, 1)) / torch.tensor(config["std"]).view(3, 1, 1)
-    with torch.no_grad():
-        expected = net.forward_head(net.forward_features(x), pre_logits=True)
-    assert plain(images)[0] == pytest.approx(expected.numpy(), abs=1e-5)
-    assert plain.weights != large.weights and mean.weights != most.weights and large.size == 192
+    timms = [torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std")]
+    for space, (shift, scale) in ((plain, timms), (other, (0.5, 0.25))):
+        with torch.no_grad():
+            expected = net.forward_head(net.forward_features((x - shift) / scale), pre_logits=True)
+        assert space(images)[0] == pytest.approx(expected.numpy(), abs=1e-5)
+    assert len({plain.weights, large.weights, other.weights}) == 3 and large.size == 192
+    assert mean.weights != most.weights
     assert not torch.allclose(most(images)[0], mean(images)[0])
     flags = "--features test_resnet --weights test_resnet.pth"
     row = metrics_of(f"a.npz b.npz {flags} --save_stats kept.npz", capsys)
@@ -2888,11 +2891,11 @@ def photo_table(photos, prepared, tmp_path, monkeypatch):
     def table(name, flags=""):
         trained = []
 
-        def in_process(command, check):
+        def in_process(command):
             trained.append(command[-1].split("/")[-1])
             main(train, " ".join(command[2:]))
 
-        monkeypatch.setattr(bench, "subprocess", argparse.Namespace(run=in_process))
+        monkeypatch.setattr(bench, "train_to_the_end", in_process)
         main(bench, f"photos {name} --data {photos / 'prepared'} --val {photos / 'bad'} "
                     "--size T --steps 5 --batch_size 4 --sample_steps 2 --eval_n 4 --n 8 "
                     f"--features pixels --r 4 --out {tmp_path} {flags}")
@@ -2997,14 +3000,19 @@ def test_sheets_show_checkpoints_from_equal_noise(workdir, tmp_path, capsys):
 
 def test_z_of_unit_rms_is_the_same_z_but_for_its_scale(photos, prepared, tmp_path):
     shutil.copytree(photos / "prepared", tmp_path / "a")
-    out = bench.unit_rms(f"{tmp_path}/a/")
+    out = bench.unit_rms(f"{tmp_path}/a/", 3)
     one, unit = (data.Prepared(folder) for folder in (f"{tmp_path}/a", out))
     scale = unit.z[:].astype(np.float64) / one.z
-    assert np.square(unit.z[:].astype(np.float64)).mean() == pytest.approx(1, rel=1e-2)
+    assert np.square(unit.z[:, :3].astype(np.float64)).mean() == pytest.approx(1, rel=1e-2)
     assert scale == pytest.approx(np.full_like(scale, np.median(scale)), rel=1e-2)
     assert np.array_equal(one.x, unit.x) and unit.meta["z_std"] == pytest.approx(
         np.array(one.meta["z_std"]) * np.median(scale), rel=1e-2)
-    assert bench.unit_rms(f"{tmp_path}/a") == out                         # found, not made again
+    assert unit.meta["encoders"][0]["scale"] == pytest.approx(
+        one.meta["encoders"][0]["scale"] * np.median(scale), rel=1e-2)
+    stamp = os.stat(f"{out}/z.npy").st_mtime_ns
+    assert bench.unit_rms(f"{tmp_path}/a", 3) == out                      # found, not made again
+    assert os.stat(f"{out}/z.npy").st_mtime_ns == stamp
+    assert bench.unit_rms(f"{tmp_path}/a", 2) != out
 
 
 def test_metrics_are_timed_on_photographs_cut_to_one_size(photos, capsys, monkeypatch):

@@ -92,7 +92,7 @@ def parser():
     setting("eval_features", "space of the Fréchet distance, as fid.py's --features", str)
     setting("eval_weights", "its weights, as fid.py's --weights", str, metavar="FILE",
             default="downloaded")
-    setting("eval_features_kwargs", "arguments of timm.create_model for it", str, nargs="*",
+    setting("eval_features_kwargs", "as fid.py's --features_kwargs", str, nargs="*",
             metavar="KEY=VALUE", default="none")
     p.add_argument("--out", default="out", metavar="DIR", help="output folder (default: out)")
     p.add_argument("--restart", action="store_true",
@@ -129,6 +129,12 @@ import data
 import model
 import sample
 from pca import write_whole
+
+
+def typed(args):
+    """The settings among the flags: those that were given."""
+    return {name: value for name, value in vars(args).items()
+            if value is not None and name not in OF_THE_MACHINE}
 
 
 def resolve(given, checkpoint):
@@ -708,12 +714,10 @@ def train(trainer, out, rank, n_processes, judge=None):
 
 
 def main(args):
-    given = {name: value for name, value in vars(args).items()
-             if value is not None and name not in OF_THE_MACHINE}
     rank, n_processes = data.rank_and_count()
     restart = data.begins_anew(args)
     path, checkpoint, trouble = (None, None, None) if restart else newest_checkpoint(args.out)
-    settings, sheet = resolve(given, checkpoint), f"{args.out}/sheet.png"
+    settings, sheet = resolve(typed(args), checkpoint), f"{args.out}/sheet.png"
     check(settings, n_processes, args.micro_batch_size, args.workers)
     if checkpoint:
         finished = os.path.exists(sheet) and os.path.getmtime(sheet) > os.path.getmtime(path)
