@@ -2933,10 +2933,65 @@ def test_every_row_on_photographs_is_a_job_that_is_made_once(photos, photo_table
     spread = f"{np.mean(values):.0f} ± {np.std(values, ddof=1):.0f}"
     assert f"| {spread} |" in capsys.readouterr().out
     assert len(bench.rows_of(f"{tmp_path}/rows.jsonl")) == 6
-    pytest.importorskip("matplotlib")
-    main(bench, f"curves --rows {tmp_path}/rows.jsonl --out {tmp_path}/curves.png")
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert np.asarray(picture.convert("RGB")).std() > 10
+    with pytest.raises(data.UserError, match="was trained with lr 0.0001, and this table's is 0.5"):
+        photo_table("methods", "--only SiT-none --lr 0.5")
+    with open(tmp_path / "rows.jsonl", "a") as file:                      # a disk was full
+        file.write('{"run": "Si')
+    photo_table("methods", "--only SiT-none --n 6")
+    assert [row["n"] for row in bench.rows_of(f"{tmp_path}/rows.jsonl")] == [8] * 6 + [6]
+
+
+@pytest.mark.parametrize("table", ["digits", "methods", "unconditional", "settings", "guidance",
+                                   "features"])
+def test_runs_of_equal_names_have_equal_settings_and_of_others_others(table):
+    args = argparse.Namespace(name=table, family="SiT", size="S", r=8, two_levels="two")
+    jobs = bench.digit_jobs(args) if table == "digits" else bench.photo_jobs(args)
+    settings = {}
+    for name, flags, hows in [*jobs, *bench.photo_jobs(argparse.Namespace(
+            name="methods", size="S", r=8))]:
+        flags = [flag if isinstance(flag, str) else "--data=unit" for flag in flags]
+        of_run = train.resolve(train.typed(train.parser().parse_args(flags)), None)
+        assert settings.setdefault(name, of_run) == of_run and hows
+    assert len({json.dumps(of_run) for of_run in settings.values()}) == len(settings)
+
+
+def test_the_table_of_digits_has_means_and_spreads_of_seeds(workdir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(workdir)
+    monkeypatch.setattr(bench, "train_to_the_end",
+                        lambda command: main(train, " ".join(command[2:])))
+    for name in ("JUDGED_AT_ONCE", "N_JUDGED"):
+        monkeypatch.setattr(train, name, 10)
+    name = "SiT-conditional-merged"
+    main(bench, f"digits --steps 1 --n 10 --seeds 0 1 --only {name} --out {tmp_path}")
+    rows = bench.rows_of(tmp_path / "rows.jsonl")
+    assert [(row["seed"], row["sampled_with"]["w_r"]) for row in rows] == [
+        (0, 1), (0, 1.5), (1, 1), (1, 1.5)]
+    values = [rows[i]["frechet_classifier"] for i in (1, 3)]
+    spread = abs(values[0] - values[1]) / 2 ** 0.5
+    assert (f"| {name} | 1.5 | {np.mean(values):.2f} ± {spread:.2f} | "
+            in capsys.readouterr().out)
+    assert rows[0]["made_with"]["lr"] == 3e-3 and rows[0]["training_seconds"] == pytest.approx(
+        128 / rows[0]["images_per_s"])
+
+
+def test_curves_are_means_of_seeds_over_steps_and_over_seconds(tmp_path, monkeypatch):
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    rows = [{"run": f"SiT-{fusion}", "seed": seed, "made_with": train.resolve(
+        {"fusion": fusion, "batch_size": 64}, None), "curve": [[1, 10 + seed], [2, 8 - seed]]}
+        for fusion, seed in (("merged", 0), ("merged", 1), ("none", 0))]
+    rates = [{"model": "SiT-T/2", "run": run, "images_per_s": rate}
+             for run, rate in (("none", 128), ("REPA", 8), ("merged", 32))]
+    for name, content in (("rows", rows), ("rates", rates), ("few", rates[1:])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+    drawn, plot = [], axes.plot
+    monkeypatch.setattr(axes, "plot", lambda self, x, y, label, **style: (
+        drawn.append((label, list(x), list(y))), plot(self, x, y, label=label, **style)))
+    flags = f"curves --rows {tmp_path}/rows --out {tmp_path}/curves.png --rates {tmp_path}"
+    main(bench, f"{flags}/rates")
+    assert drawn == [("SiT-merged", [1, 2], [10.5, 7.5]), ("SiT-merged", [2, 4], [10.5, 7.5]),
+                     ("SiT-none", [1, 2], [10, 8]), ("SiT-none", [0.5, 1], [10, 8])]
+    with pytest.raises(data.UserError, match="few has no SiT-T/2 none"):
+        main(bench, f"{flags}/few")
 
 
 def test_generated_features_are_probed_on_real_ones(photos, photo_table, tmp_path, capsys,
