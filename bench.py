@@ -84,8 +84,10 @@ def photo_jobs(args):
         for family in ("DiT", "SiT"):
             yield job(f"{family}-none", family, "none")
             yield job(f"{family}-unconditional-none", family, "none", "--unconditional")
-            yield job(f"{family}-unconditional-merged", family, "merged", "--unconditional",
-                      hows=[{"w_r": w_r} for w_r in (1.0, 1.1, 1.5, 2.0)])
+            for suffix, flags in (("", ()), ("-lam_z-0.25", ("--lam_z=0.25",))):
+                yield job(f"{family}-unconditional-merged{suffix}", family, "merged",
+                          "--unconditional", *flags,
+                          hows=[{"w_r": w_r} for w_r in (1.0, 1.1, 1.5, 2.0)])
     elif args.name == "settings":
         yield job("SiT-merged", "SiT", "merged")
         defaults = {"r": args.r, "lam_z": train.DEFAULTS["lam_z"],
