@@ -20,6 +20,7 @@ computed again.
 import argparse
 import contextlib
 import copy
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -212,8 +213,17 @@ def decisive(settings, meta):
 
 
 def train_to_the_end(command):
-    """Run train.py, which saves first where SIGTERM or Ctrl-C ends this process."""
-    process = subprocess.Popen(command)
+    """Run train.py, which saves first where SIGTERM or Ctrl-C ends this process. UserError if one
+    that outlived its bench.py is still at work there."""
+    *_, out = command
+    os.makedirs(out, exist_ok=True)
+    with open(f"{out}/lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # train.py holds it as long as it is
+        except BlockingIOError:
+            raise data.UserError(f"{out} is being trained by another process: wait for its end, or "
+                                 "end it") from None
+        process = subprocess.Popen(command, pass_fds=[lock.fileno()])
     handlers = {number: signal.signal(number, lambda *_: process.terminate())    # may come twice
                 for number in (signal.SIGTERM, signal.SIGINT)}
     code = process.wait()
@@ -342,6 +352,24 @@ def probe(args, path, device):
     return {"from_generated_z": accuracy(generated, y), "from_real_z": accuracy(*real)}
 
 
+def print_photos(rows, features, n, points):
+    """A table of rows on photographs: the Fréchet distance at these steps and at the end."""
+    header = " | ".join(f"{step:,} steps" for step in points)
+    print(f"| run | sampled with | {header} | at the end, {n:,} samples | training images/s | "
+          f"sampling images/s |\n|---|---|{'---|' * len(points)}---|---|---|")
+    for (name, *how), of_seeds in rows.items():
+        curves = [dict(row["curve"]) for row in of_seeds]
+        unguided = all(weight == 1 for _, weight in how)   # as the curve's samples
+        cells = [mean_and_spread([curve[step] for curve in curves], 0)
+                 if unguided and all(step in curve for curve in curves) else "" for step in points]
+        cells += [mean_and_spread([row[f"frechet_{features}"] for row in of_seeds], 0)]
+        training = statistics.median(row["images_per_s"] for row in of_seeds)
+        sampling = statistics.median(n / row["seconds"] for row in of_seeds)
+        print(f"| {name} | {', '.join(f'{key} {value}' for key, value in how)} | "
+              f"{' | '.join(cells)} | {training:.0f} | {sampling:.1f} |")
+    print()
+
+
 def photos(args):
     """Train and judge the runs of a table on photographs, and print it."""
     if args.name == "features" and not args.val_data:
@@ -362,31 +390,22 @@ def photos(args):
     flags += ["--eval_features_kwargs", *args.features_kwargs] if args.features_kwargs else []
     rows = train_and_judge(args, photo_jobs(args), flags, functools.cache(
         lambda: fid.Judge(fid.stored_statistics(reference, space), space)), device)
-    points = [k * every for k in range(1, 6)]
-    header = " | ".join(f"{step:,} steps" for step in points)
-    print(f"| run | sampled with | {header} | at the end, "
-          f"{args.n:,} samples | training images/s | sampling images/s |\n"
-          f"|---|---|{'---|' * 5}---|---|---|")
-    for (name, *how), of_seeds in rows.items():
-        curves = [dict(row["curve"]) for row in of_seeds]
-        unguided = all(weight == 1 for _, weight in how)   # as the curve's samples
-        cells = [mean_and_spread([curve[step] for curve in curves], 0)
-                 if unguided and all(step in curve for curve in curves) else "" for step in points]
-        cells += [mean_and_spread([row[f"frechet_{args.features}"] for row in of_seeds], 0)]
-        training = statistics.median(row["images_per_s"] for row in of_seeds)
-        sampling = statistics.median(args.n / row["seconds"] for row in of_seeds)
-        print(f"| {name} | {', '.join(f'{key} {value}' for key, value in how)} | "
-              f"{' | '.join(cells)} | {training:.0f} | {sampling:.1f} |")
+    tables = [{key: of_seeds for key, of_seeds in rows.items()
+               if key[0] == "SiT-merged" or key[0].startswith(f"SiT-merged-{setting}-")}
+              for setting in ("r", "lam_z", "p_drop_z", "z")]
+    tables = [table for table in tables if args.name == "settings" and len(table) > 1] or [rows]
+    for table in tables:
+        print_photos(table, args.features, args.n, [k * every for k in range(1, 6)])
     if args.name == "features" and ("SiT-merged",) in rows:
         name, row = f"SiT-merged-{args.steps}-{args.seeds[0]}", rows["SiT-merged",][0]
         found = kept(f"{args.out}/rows.jsonl", {
             "probe": name, "n": args.n, "made_with": row["made_with"],
             "val_data": data.Prepared(args.val_data).meta["arrays"]["z"]["sha256"]},
             lambda: probe(args, f"{args.out}/{name}/ckpt.pt", device))
-        print(f"\nClasses of real validation z, by linear classifiers of {args.n:,} images: from "
+        print(f"Classes of real validation z, by linear classifiers of {args.n:,} images: from "
               f"generated z {found['from_generated_z']:.1f} % right, from real z "
-              f"{found['from_real_z']:.1f} %")
-    print(f"\nFréchet distances in the space of {args.features} "
+              f"{found['from_real_z']:.1f} %\n")
+    print(f"Fréchet distances in the space of {args.features} "
           f"{os.path.basename(args.weights or '')}, against {args.val}, of {args.eval_n:,} samples "
           f"while training; z of {', '.join(each['encoder'] for each in meta['encoders'])}; batch "
           f"{args.batch_size}, lr {args.lr:g}, {args.sample_steps} calls a sample, seeds "

@@ -7,6 +7,7 @@
 import argparse
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -2946,6 +2947,45 @@ def test_every_row_on_photographs_is_a_job_that_is_made_once(photos, photo_table
         file.write('{"run": "Si')
     photo_table("methods", "--only SiT-none --n 6")
     assert [row["n"] for row in bench.rows_of(f"{tmp_path}/rows.jsonl")] == [8] * 6 + [6]
+
+
+def test_settings_are_a_table_each(photo_table, monkeypatch, capsys):
+    row = {"curve": [], "frechet_pixels": 1, "images_per_s": 2, "seconds": 3, "hardware": "",
+           "date": ""}
+    rows = {(f"SiT-merged{suffix}",): [row] for suffix in ("", "-r-1", "-r-2", "-z-of-unit-RMS")}
+    monkeypatch.setattr(bench, "train_and_judge", lambda *args: rows)
+    photo_table("settings")
+    tables = capsys.readouterr().out.split("\n\n")[:-1]
+    assert [[line.split(" | ")[0] for line in table.splitlines()[2:]] for table in tables] == [
+        ["| SiT-merged", "| SiT-merged-r-1", "| SiT-merged-r-2"],
+        ["| SiT-merged", "| SiT-merged-z-of-unit-RMS"]]
+    photo_table("methods")
+    assert len(capsys.readouterr().out.split("\n\n")[0].splitlines()) == 6
+
+
+def test_a_run_that_outlives_its_table_is_not_trained_twice(tmp_path):
+    """SIGTERM to the table ends the run, which takes its time; SIGKILL leaves it at work."""
+    run = [sys.executable, "-c", "import os, signal, sys, time\n"
+           "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), sys.exit(143)))\n"
+           "open(sys.argv[1] + '/pid', 'w').write(f'{os.getpid()} ')\n"
+           "time.sleep(60)", str(tmp_path)]
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
+        (tmp_path / "pid").unlink(missing_ok=True)
+        table = forked(lambda: bench.train_to_the_end(run), {})
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().endswith(" "):
+            time.sleep(0.02)
+        os.kill(table, number)
+        assert os.waitstatus_to_exitcode(os.waitpid(table, 0)[1]) == code
+        pid = int((tmp_path / "pid").read_text())
+        if number == signal.SIGTERM:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+    with pytest.raises(data.UserError, match="is being trained by another process"):
+        bench.train_to_the_end(run)
+    os.kill(pid, signal.SIGKILL)
+    with open(tmp_path / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)                                # the killed one's is gone
+    bench.train_to_the_end([sys.executable, "-c", "", str(tmp_path)])
 
 
 @pytest.mark.parametrize("table", ["digits", "methods", "unconditional", "settings", "guidance",
