@@ -137,15 +137,19 @@ def unit_rms(folder, r):
     return out
 
 
-def hardware():
-    """One line: the device that torch computes on."""
-    if torch.cuda.is_available():
+def hardware(device=None):
+    """One line: the device that torch computes on; None: a GPU if there is one."""
+    if data.pick_device(device).type == "cuda":
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             name = next((line.split(":")[1].strip() for line in file if "model name" in line), name)
     return f"{torch.get_num_threads()} threads of {name}"
+
+
+def stamp(device=None):
+    return f"{hardware(device)}, {time.strftime('%Y-%m-%d')}"
 
 
 def rows_of(path):
@@ -169,17 +173,19 @@ def training_seconds(out, batch_size):
                for before, row in zip([{"step": 0}, *rows], rows))
 
 
-def kept(path, key, make):
-    """The row of a .jsonl file that says all that key says; if there is none, make()'s is added."""
+def kept(path, key, make, device="cpu"):
+    """The row of a .jsonl file that says all that key says; if there is none, make()'s is added,
+    which computes on that device."""
     for row in rows_of(path):
         if all(name in row and row[name] == value for name, value in key.items()):
             return row
-    row = key | make() | {"hardware": hardware(), "date": time.strftime("%Y-%m-%d")}
+    row = key | make() | {"hardware": hardware(device), "date": time.strftime("%Y-%m-%d")}
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "ab+") as file:                        # what a full disk left of a row
+    with open(path, "ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)                   # tables may be made side by side
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-    train.append(path, row)
+        file.truncate(file.read().rfind(b"\n") + 1)        # what a full disk left of a row
+        file.write(json.dumps(row).encode() + b"\n")
     return row
 
 
@@ -202,12 +208,13 @@ def judge_samples(net, meta, judge, n, device="cpu", **how):
 
 
 def decisive(settings, meta):
-    """What of a run's settings and its data's meta decides its weights and its curve, comparable
-    over machines."""
+    """What of a run's settings, but for train.DEFAULTS, and of its data's meta decides its weights
+    and its curve, comparable over machines."""
     free = ("data", "seed", "log_every", "ckpt_every", "preview_every", "keep_every")
-    chosen = {name: value for name, value in settings.items() if name not in free}
-    chosen |= {name: os.path.basename(settings[name] or "")
-               for name in ("eval_reference", "eval_weights")}
+    chosen = {name: value for name, value in settings.items()
+              if name not in free and value != train.DEFAULTS.get(name)}
+    chosen |= {name: os.path.basename(chosen[name])
+               for name in ("eval_reference", "eval_weights") if name in chosen}
     arrays = "xy" + "z" * (settings["r"] > 0) + "f" * (settings["repa"] > 0)
     return chosen | {"data": {name: meta["arrays"][name]["sha256"] for name in arrays}}
 
@@ -224,20 +231,29 @@ def train_to_the_end(command):
             raise data.UserError(f"{out} is being trained by another process: wait for its end, or "
                                  "end it") from None
         process = subprocess.Popen(command, pass_fds=[lock.fileno()])
-    handlers = {number: signal.signal(number, lambda *_: process.terminate())    # may come twice
-                for number in (signal.SIGTERM, signal.SIGINT)}
+    told = []
+
+    def stop(number, _):                                        # may come twice
+        told.append(number)
+        process.terminate()
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     code = process.wait()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if code - 128 in handlers:
-        sys.exit(code)
+    if told or code - 128 in handlers:
+        sys.exit(128 + told[0] if told else code)
     if code:
         raise data.UserError("training failed, as said above; the same command goes on from there")
 
 
-def train_and_judge(args, jobs, flags, judge, device="cpu"):
+def train_and_judge(args, jobs, flags, judge):
     """Train the runs of jobs and judge their samples, seed by seed, but for those whose rows are
     there; the rows, by (run, what it was sampled with)."""
+    if args.n < 2:
+        raise data.UserError(f"--n {args.n}: a distance needs 2 samples at least")
+    device = data.pick_device(args.device)
+    flags = [*flags, f"--device={args.device}"] if args.device else flags
     jobs = {name: job for name, *job in jobs}
     for name in args.only or ():
         if name not in jobs:
@@ -260,11 +276,12 @@ def train_and_judge(args, jobs, flags, judge, device="cpu"):
             _, checkpoint, _ = train.newest_checkpoint(out)
             if checkpoint:
                 found = decisive(train.DEFAULTS | checkpoint["settings"], checkpoint["meta"])
-                for setting, value in made_with.items():
-                    if found.get(setting) != value:
-                        raise data.UserError(f"{out} was trained with {setting} "
-                                             f"{found.get(setting)}, and this table's is {value}: "
-                                             "choose another --out")
+                for setting in made_with | found:
+                    one, other = (each.get(setting, train.DEFAULTS.get(setting))
+                                  for each in (found, made_with))
+                    if one != other:
+                        raise data.UserError(f"{out} was trained with {setting} {one}, and this "
+                                             f"table's is {other}: choose another --out")
             if not os.path.exists(f"{out}/sheet.png"):               # the last that it writes
                 train_to_the_end([sys.executable, script, *of_run, f"--seed={seed}", "--out", out])
             return sample.load_model(f"{out}/ckpt.pt")
@@ -272,7 +289,7 @@ def train_and_judge(args, jobs, flags, judge, device="cpu"):
         def made():
             net, about = trained()
             options = {"steps": about["settings"]["sample_steps"],
-                       "bf16": torch.device(device).type == "cuda"} | how
+                       "bf16": device.type == "cuda"} | how
             metrics = judge_samples(net, about["meta"], judge(), args.n, device, **options)
             distances = [[row["step"], next(value for key, value in row.items() if
                                             key.startswith("frechet"))]
@@ -282,29 +299,37 @@ def train_and_judge(args, jobs, flags, judge, device="cpu"):
                 "training_seconds": training_seconds(out, about["settings"]["batch_size"])}
 
         for how in hows:
-            key = {"run": name, "seed": seed, "n": args.n, "made_with": made_with,
-                   "sampled_with": how}
-            rows.setdefault((name, *how.items()), []).append(kept(f"{args.out}/rows.jsonl", key,
-                                                                  made))
+            key = {"run": name, "seed": seed, "n": args.n, "made_with": made_with, "sampled_with": {
+                option: value for option, value in how.items() if value != 1}}     # 1: unguided
+            row = kept(f"{args.out}/rows.jsonl", key, made, device)
+            rows.setdefault((name, *how.items()), []).append(row)
     return rows
 
 
-def mean_and_spread(values, digits=2):
+def mean_and_spread(values, sign=""):
     """"mean ± standard deviation", or the one value."""
+    mean = statistics.mean(values)
+    digits = 2 if abs(mean) < 100 else 0
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    return f"{mean:{sign}.{digits}f}{spread}"
 
 
 def digits(args):
     """Train and judge every method on digits, and print the table."""
     rows = train_and_judge(args, digit_jobs(args), [], lambda: fid.Judge("digits"))
-    print("| run | w_r | Fréchet, classifier | Fréchet, pixels | read as asked % | training "
-          "images/s |\n|---|---|---|---|---|---|")
-    for (name, *how), of_seeds in rows.items():
+    metrics = ("frechet_classifier", "frechet_pixels", "read_as_asked_percent")
+    print("| run | w_r | Fréchet, classifier | less none's of the same seed | less w_r 1's | "
+          "Fréchet, pixels | read as asked % | training images/s |\n|---" + "|---" * 7 + "|")
+    for key, of_seeds in rows.items():
+        name, (_, w_r) = key
         cells = [mean_and_spread([row[metric] for row in of_seeds]) if metric in of_seeds[0] else ""
-                 for metric in ("frechet_classifier", "frechet_pixels", "read_as_asked_percent")]
+                 for metric in metrics]
+        others = [(f"{name.rpartition('-')[0]}-none", ("w_r", 1.0)), (name, ("w_r", 1.0))]
+        cells[1:1] = [mean_and_spread([row[metrics[0]] - of_other[metrics[0]] for row, of_other
+                                       in zip(of_seeds, rows[other])], "+")
+                      if other in rows and other != key else "" for other in others]
         speed = statistics.median(row["images_per_s"] for row in of_seeds)
-        print(f"| {name} | {dict(how)['w_r']:g} | {' | '.join(cells)} | {speed:.0f} |")
+        print(f"| {name} | {w_r:g} | {' | '.join(cells)} | {speed:.0f} |")
     print(f"\n{args.steps} steps of {train.DIGITS['batch_size']}, {args.n} samples; mean ± "
           f"standard deviation of the seeds {args.seeds}; {made_on(sum(rows.values(), []))}")
 
@@ -312,7 +337,8 @@ def digits(args):
 def photo_reference(args, meta, space):
     """The moments of the validation photographs in a Space: the file that has them."""
     files, _, _ = data.list_images(args.val)
-    which = hashlib.sha256(b"\n".join([*files, space.weights.encode()])).hexdigest()[:8]
+    sizes = [b"%d" % os.path.getsize(os.path.join(args.val, os.fsdecode(file))) for file in files]
+    which = hashlib.sha256(b"\n".join([*files, *sizes, space.weights.encode()])).hexdigest()[:8]
     path = f"{args.out}/reference-{space.name}-{meta['image_size']}-{which}.npz"
     if not os.path.exists(path):
         batches = data.Batches(args.val, files, np.arange(len(files)), 32, meta["image_size"])
@@ -335,7 +361,7 @@ def probe(args, path, device):
         if source.meta[key] != val.meta[key]:
             raise data.UserError(f"--val_data {args.val_data} has another {key} than {args.data}: "
                                  f"prepare it with data.py --pca {args.data}/pca.npz")
-    y = torch.arange(args.n) % net.n_classes
+    y = data.classes_in_turn(args.n, net.n_classes)
     _, generated = sample.generate(net.to(device), y, about["settings"]["sample_steps"],
                                    batch_size=train.JUDGED_AT_ONCE, device=device, progress=True)
     real, test = (each.batch(each.examples(min(n, each.n)))[1:3]
@@ -360,9 +386,9 @@ def print_photos(rows, features, n, points):
     for (name, *how), of_seeds in rows.items():
         curves = [dict(row["curve"]) for row in of_seeds]
         unguided = all(weight == 1 for _, weight in how)   # as the curve's samples
-        cells = [mean_and_spread([curve[step] for curve in curves], 0)
+        cells = [mean_and_spread([curve[step] for curve in curves])
                  if unguided and all(step in curve for curve in curves) else "" for step in points]
-        cells += [mean_and_spread([row[f"frechet_{features}"] for row in of_seeds], 0)]
+        cells += [mean_and_spread([row[f"frechet_{features}"] for row in of_seeds])]
         training = statistics.median(row["images_per_s"] for row in of_seeds)
         sampling = statistics.median(n / row["seconds"] for row in of_seeds)
         print(f"| {name} | {', '.join(f'{key} {value}' for key, value in how)} | "
@@ -374,8 +400,13 @@ def photos(args):
     """Train and judge the runs of a table on photographs, and print it."""
     if args.name == "features" and not args.val_data:
         raise data.UserError("features needs --val_data, to test the generated features")
-    device = data.pick_device(args.device)
-    meta = data.Prepared(args.data).meta
+    device, meta = data.pick_device(args.device), data.Prepared(args.data).meta
+    if args.name == "features" and args.two_levels:
+        x, other = (each["arrays"]["x"]["sha256"]
+                    for each in (meta, data.Prepared(args.two_levels).meta))
+        if x != other:
+            raise data.UserError(f"--two_levels {args.two_levels} has other x than {args.data}: "
+                                 "prepare it from the same images, with the same codec and size")
     space = fid.Space(args.features, args.weights,
                       data.key_values(args.features_kwargs, "features_kwargs"), device)
     reference = photo_reference(args, meta, space)
@@ -385,15 +416,15 @@ def photos(args):
         "ckpt_every": max(args.steps // 20, 1), "preview_every": args.steps,
         "log_every": max(args.steps // 50, 1),
         "sample_steps": args.sample_steps, "eval_n": args.eval_n, "eval_reference": reference,
-        "eval_features": args.features, "eval_weights": args.weights, "device": args.device
-        }.items() if value is not None]
+        "eval_features": args.features, "eval_weights": args.weights}.items() if value is not None]
     flags += ["--eval_features_kwargs", *args.features_kwargs] if args.features_kwargs else []
     rows = train_and_judge(args, photo_jobs(args), flags, functools.cache(
-        lambda: fid.Judge(fid.stored_statistics(reference, space), space)), device)
+        lambda: fid.Judge(fid.stored_statistics(reference, space), space)))
     tables = [{key: of_seeds for key, of_seeds in rows.items()
                if key[0] == "SiT-merged" or key[0].startswith(f"SiT-merged-{setting}-")}
               for setting in ("r", "lam_z", "p_drop_z", "z")]
-    tables = [table for table in tables if args.name == "settings" and len(table) > 1] or [rows]
+    tables = [table for table in tables
+              if args.name == "settings" and set(table) - {("SiT-merged",)}] or [rows]
     for table in tables:
         print_photos(table, args.features, args.n, [k * every for k in range(1, 6)])
     if args.name == "features" and ("SiT-merged",) in rows:
@@ -401,7 +432,7 @@ def photos(args):
         found = kept(f"{args.out}/rows.jsonl", {
             "probe": name, "n": args.n, "made_with": row["made_with"],
             "val_data": data.Prepared(args.val_data).meta["arrays"]["z"]["sha256"]},
-            lambda: probe(args, f"{args.out}/{name}/ckpt.pt", device))
+            lambda: probe(args, f"{args.out}/{name}/ckpt.pt", device), device)
         print(f"Classes of real validation z, by linear classifiers of {args.n:,} images: from "
               f"generated z {found['from_generated_z']:.1f} % right, from real z "
               f"{found['from_real_z']:.1f} %\n")
@@ -412,52 +443,34 @@ def photos(args):
           f"{args.seeds}; {made_on(sum(rows.values(), []))}")
 
 
-def method_of(settings):
-    """The name in METHODS of a run with these settings."""
-    for name, flags in METHODS.items():
-        wanted = {"repa": 0.0} | train.typed(train.parser().parse_args(flags))
-        if all(settings[key] == value for key, value in wanted.items()):
-            return name
-
-
 def curves(args):
-    """Draw the Fréchet distance over training steps and, with --rates, over seconds."""
+    """Draw the Fréchet distance over training steps and over seconds at the runs' median speed."""
     try:
         import matplotlib
     except ImportError:
         raise data.UserError("curves need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    runs, rates = {}, {}
+    runs = {}
     for row in rows_of(args.rows):
         if row.get("curve") and (not args.only or row["run"] in args.only):
             settings = json.dumps(row["made_with"])
-            runs.setdefault((row["run"], settings), {})[row["seed"]] = row["curve"]
-    for row in rows_of(args.rates) if args.rates else ():
-        rates[row["model"], row["run"]] = row["images_per_s"]
+            runs.setdefault((row["run"], settings), {})[row["seed"]] = row
     if not runs:
         raise data.UserError(f"{args.rows} has no curves; make some with: bench.py photos methods")
-    figure, panels = pyplot.subplots(1, 1 + bool(rates), figsize=(5 + 4.5 * bool(rates), 3.6),
-                                     sharey=True, squeeze=False)
+    figure, panels = pyplot.subplots(1, 2, figsize=(9.5, 3.6), sharey=True)
     for i, ((name, settings), of_seeds) in enumerate(runs.items()):
-        made_with, scales = json.loads(settings), [1]
-        if rates:
-            which = made_with["model"], method_of(made_with)
-            if which not in rates:
-                raise data.UserError(f"{args.rates} has no {' '.join(which)}: make it with "
-                                     f"bench.py speed --models {which[0]} --methods {which[1]}")
-            scales.append(made_with["batch_size"] / rates[which])
-        steps = [step for step, _ in next(iter(of_seeds.values()))]
-        mean = np.mean([[distance for _, distance in curve] for curve in of_seeds.values()], 0)
+        steps, distances = np.mean([row["curve"] for row in of_seeds.values()], 0).T
+        rate = statistics.median(row["images_per_s"] for row in of_seeds.values())
         style = {"marker": "o", "markersize": 3, "color": f"C{i % 10}", "label": name,
                  "linestyle": "-" if name.startswith("SiT") else "--"}
-        for panel, scale in zip(panels[0], scales):
-            panel.plot(np.multiply(steps, scale), mean, **style)
-    for panel, label in zip(panels[0], ("training steps", "training seconds")):
+        panels[0].plot(steps, distances, **style)
+        panels[1].plot(steps * json.loads(settings)["batch_size"] / rate, distances, **style)
+    for panel, label in zip(panels, ("training steps", "training seconds")):
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
-    panels[0, 0].set_ylabel(args.label)
-    panels[0, 0].legend(fontsize=8)
+    panels[0].set_ylabel(args.label)
+    panels[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(args.out, dpi=120)
     print(f"{args.out}: {', '.join(name for name, _ in runs)}")
@@ -517,6 +530,8 @@ def losses_over_time(path, folder, n, device):
 
 def losses(args):
     """Print where in time z helps a checkpoint to denoise x, and what z itself costs."""
+    if args.n < 1:
+        raise data.UserError(f"--n {args.n}: the mean of the losses needs an image")
     tables = [losses_over_time(path, args.data, args.n, data.pick_device(args.device))
               for path in args.ckpt]
     print(f"| run | loss of | {' | '.join(f't = {t:g}' for t in tables[0])} |\n|---|---"
@@ -526,7 +541,7 @@ def losses(args):
         for name in ("x", "x, z null", "z") if with_z else ("x",):
             cells = " | ".join(f"{of_t[name]:.3f}" for of_t in table.values())
             print(f"| {run_of(path)} | {name} | {cells} |")
-    print(f"\n{args.n} images; {hardware()}, {time.strftime('%Y-%m-%d')}")
+    print(f"\n{args.n} images; {stamp(args.device)}")
 
 
 def judged(args, path, how):
@@ -555,7 +570,7 @@ def few_steps(args):
                 print(f"| {name} | {solver} | {steps} | {row['frechet_classifier']:.2f} | "
                       f"{row['frechet_pixels']:.2f} | {read:.1f} | {row['seconds']:.1f} |",
                       flush=True)
-    print(f"\n{args.n} samples; {hardware()}, {time.strftime('%Y-%m-%d')}")
+    print(f"\n{args.n} samples; {stamp('cpu')}")
 
 
 def guidance(args):
@@ -571,7 +586,7 @@ def guidance(args):
         print(f"| {w_r:g} | " + " | ".join(
             f"{row['frechet_classifier']:.2f} / {row.get('read_as_asked_percent', math.nan):.1f}"
             for row in cells) + " |", flush=True)
-    print(f"\n{args.n} samples, {steps} calls; {hardware()}, {time.strftime('%Y-%m-%d')}")
+    print(f"\n{args.n} samples, {steps} calls; {stamp('cpu')}")
 
 
 def read_and_write_ours(args, folder):
@@ -635,7 +650,7 @@ def prepare(args):
             with tempfile.TemporaryDirectory(dir=".") as folder:
                 figures[name].append(way(args, folder))
     print(f"{args.n} images of {args.images}, {args.rounds} rounds, {args.workers} workers; "
-          f"{hardware()}, {time.strftime('%Y-%m-%d')}\n\n"
+          f"{stamp()}\n\n"
           "| | images/s: median (least to most) | bytes an image | GB for 1,281,167 images |\n"
           "|---|---|---|---|")
     for name, rounds in figures.items():
@@ -723,8 +738,8 @@ def metrics(args):
     print(f"\n{args.large:,} x 2,048: moments {middle - start:.1f} s, Fréchet distance "
           f"{end - middle:.1f} s; precision and recall against {args.large // 5:,}: "
           f"{time.perf_counter() - end:.0f} s; the process held {most:.1f} GiB at most, networks "
-          f"included; on the CPU: {torch.get_num_threads()} threads; {hardware()}, "
-          f"{time.strftime('%Y-%m-%d')}")
+          f"included; on the CPU: {torch.get_num_threads()} threads; "
+          f"{stamp('cpu')}")
 
 
 def allocated():
@@ -760,11 +775,9 @@ class Ours:
         flags += [f"--{'' if getattr(args, flag) else 'no-'}{flag}" for flag in ("bf16", "compile")]
         of_run = train.parser().parse_args(["--model", name, "--data", folder, *METHODS[method],
                                             *flags])
-        given = {flag: value for flag, value in vars(of_run).items()
-                 if value is not None and flag not in train.OF_THE_MACHINE}
         before = allocated()
-        self.trainer = train.Trainer(train.resolve(given, None), of_run, args.dev, None, rank,
-                                     n_processes)
+        self.trainer = train.Trainer(train.resolve(train.typed(of_run), None), of_run, args.dev,
+                                     None, rank, n_processes)
         self.check, self.batches = None, data.prefetch(self.trainer.assemble, range(10 ** 9))
         self.resident = allocated() - before
 
@@ -906,7 +919,7 @@ def speed(args):
     say(f"batch {args.batch_size}, {tokens} tokens at patch 2, {str(dtype)[6:]}"
         f"{', compiled' * args.compile}; "
         f"{n_processes} process(es); {args.rounds} alternating rounds of {args.steps} steps; "
-        f"{hardware()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; matrix product "
+        f"{stamp(args.dev)}, torch {torch.__version__}; matrix product "
         f"{peak / 1e12:.3g} TFLOP/s; sampling not compiled, 250 calls\n\n"
         f"| | training images/s: median (least to most) | MFU % | ratio | "
         f"{'memory GB | ' * on_gpu}sampling images/s |\n|---|---|---|---|---|{'---|' * on_gpu}")
@@ -941,7 +954,7 @@ def speed(args):
                        "ratio": rate / statistics.median(rates[args.methods[0]]),
                        "batch_size": args.batch_size, "bf16": args.bf16, "compile": args.compile,
                        "memory_gb": memory[run] / 1e9 if on_gpu else None, "peak_flop_per_s": peak,
-                       "hardware": hardware(), "date": time.strftime("%Y-%m-%d")}
+                       "hardware": hardware(args.dev), "date": time.strftime("%Y-%m-%d")}
                 if ours and args.calls:
                     n = min(args.batch_size, 64)
                     seconds = min(seconds_of(lambda: of_run.sample(n, args.calls), args.dev)
@@ -952,8 +965,7 @@ def speed(args):
                     + (f"{row['memory_gb']:.1f} | " if on_gpu else "")
                     + f"{row.get('sampling_images_per_s', float('nan')):.3g} |")
                 if rank == 0 and args.rows:
-                    with open(args.rows, "a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    train.append(args.rows, row)
             del runs, of_run
             torch._dynamo.reset()                    # code for another width
     if n_processes > 1:
@@ -1035,7 +1047,7 @@ def sampling(args):
             next(played), args.steps, played.__next__)
     rms, apart = latents.square().mean().sqrt(), (torch.cat(state, 1) - latents).abs().max()
     print(f"\nEqual noise, float32: x and z, of RMS {rms:.3g}, differ by at most {apart:.1e}. "
-          f"{hardware()}, {time.strftime('%Y-%m-%d')}")
+          f"{stamp()}")
 
 
 def scaling(args):
@@ -1054,7 +1066,7 @@ def scaling(args):
                 rates[n].append(rows_of(rows)[0]["images_per_s"])
     print(f"{args.model} merged, {args.batch_size} images a process and step, {args.rounds} "
           f"alternating rounds of {args.steps} steps; a CPU's processes have one thread each; "
-          f"{hardware()}, {time.strftime('%Y-%m-%d')}\n\n"
+          f"{stamp()}\n\n"
           "| processes | images/s: median (least to most) | of ideal % |\n|---|---|---|")
     alone = statistics.median(rates[args.processes[0]]) / args.processes[0]
     for n, rounds in rates.items():
@@ -1129,8 +1141,7 @@ def kills(args):
             end(ranks)
             equal += compare(out)
     print(f"{done} kills of {args.processes} process(es), {runs} runs of {args.steps} steps: "
-          f"{runs - equal} differ from the undisturbed one; {hardware()}, "
-          f"{time.strftime('%Y-%m-%d')}")
+          f"{runs - equal} differ from the undisturbed one; {stamp()}")
 
 
 def main(args):
@@ -1153,6 +1164,7 @@ def parser():
                                                                 "them (default: all)")
         q.add_argument("--out", default=out, metavar="DIR",
                        help="runs and rows (default: %(default)s)")
+        q.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
 
     q = tables.add_parser("digits", help="methods on digits", allow_abbrev=False)
     q.set_defaults(table=digits)
@@ -1183,15 +1195,12 @@ def parser():
     q.add_argument("--sample_steps", type=int, default=50, help="default: %(default)s")
     q.add_argument("--eval_n", type=int, default=N_SAMPLES,
                    help="samples at each point of the curves (default: %(default)s)")
-    q.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     runs(q, 20_000, "runs/photos")
     q = tables.add_parser("curves", help="a picture of photos' curves (needs matplotlib)",
                           allow_abbrev=False)
     q.set_defaults(table=curves)
     q.add_argument("--rows", default="runs/photos/rows.jsonl", metavar="FILE",
                    help="of photos (default: %(default)s)")
-    q.add_argument("--rates", metavar="FILE", help="rows of speed with the same models, methods "
-                                                   "and batch size: draws seconds, too")
     q.add_argument("--only", nargs="+", metavar="RUN", help="just these (default: all)")
     q.add_argument("--label", default="Fréchet distance", help="default: %(default)s")
     q.add_argument("--out", default="curves.png", metavar="FILE", help="default: %(default)s")

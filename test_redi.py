@@ -2920,7 +2920,7 @@ def test_every_row_on_photographs_is_a_job_that_is_made_once(photos, photo_table
     assert photo_table("methods", "--only SiT-none --seeds 0 1") == ["SiT-none-5-1"]
     rows = bench.rows_of(f"{tmp_path}/rows.jsonl")
     assert [(row["run"], row["seed"], row["sampled_with"].get("w_r")) for row in rows] == [
-        ("SiT-none", 0, None), *[(merged, 0, w_r) for w_r in (1, 1.1, 1.5, 2)],
+        ("SiT-none", 0, None), *[(merged, 0, w_r) for w_r in (None, 1.1, 1.5, 2)],
         ("SiT-none", 1, None)]
     assert [step for step, _ in rows[3]["curve"]] == [1, 2, 3, 4, 5]
     net, about = sample.load_model(f"{tmp_path}/{merged}-5-0/ckpt.pt")
@@ -2932,7 +2932,8 @@ def test_every_row_on_photographs_is_a_job_that_is_made_once(photos, photo_table
         expected = fid.frechet_distance(moments.mean, moments.cov, reference["mu"],
                                         reference["sigma"])
         assert reference["n"] == 11
-    assert rows[3]["frechet_pixels"] == pytest.approx(expected, rel=1e-3)
+    assert rows[3]["frechet_pixels"] == pytest.approx(expected, rel=1e-5)    # w_r moves it by more
+    assert len({row["frechet_pixels"] for row in rows}) == 6
     capsys.readouterr()
     assert photo_table("methods", "--only SiT-none --seeds 0 1") == []
     with pytest.raises(data.UserError, match="--only SiT-non: this table has SiT-none, SiT-REPA"):
@@ -2943,10 +2944,36 @@ def test_every_row_on_photographs_is_a_job_that_is_made_once(photos, photo_table
     assert len(bench.rows_of(f"{tmp_path}/rows.jsonl")) == 6
     with pytest.raises(data.UserError, match="was trained with lr 0.0001, and this table's is 0.5"):
         photo_table("methods", "--only SiT-none --lr 0.5")
+    with pytest.raises(data.UserError, match="--n 1: a distance needs 2"):
+        photo_table("methods", "--n 1")
     with open(tmp_path / "rows.jsonl", "a") as file:                      # a disk was full
         file.write('{"run": "Si')
     photo_table("methods", "--only SiT-none --n 6")
     assert [row["n"] for row in bench.rows_of(f"{tmp_path}/rows.jsonl")] == [8] * 6 + [6]
+
+
+def test_tables_train_and_sample_as_their_rows_say(photos, photo_table, tmp_path, monkeypatch):
+    sampled, generate = [], sample.generate
+    monkeypatch.setattr(sample, "generate", lambda *args, **kwargs: (
+        sampled.append([kwargs.get(name) for name in ("w_cfg", "w_r", "cfg_on")]),
+        generate(*args, **kwargs))[1])
+    assert photo_table("guidance") == ["SiT-merged-5-0"]
+    assert sampled[-11:] == [
+        *([w_cfg, w_r, None] for w_r in (1, 1.5) for w_cfg in (1, 1.5, 2, 4)),
+        *([w_cfg, 1, "both"] for w_cfg in (1.5, 2, 4))]
+    shutil.copytree(photos / "prepared", tmp_path / "a")
+    here = f"--data {tmp_path}/a"
+    photo_table("settings", f"{here} --only SiT-merged-z-of-unit-RMS")
+    unit = sample.load_checkpoint(f"{tmp_path}/SiT-merged-z-of-unit-RMS-5-0/ckpt.pt")
+    folder, meta = unit["settings"]["data"], (tmp_path / "a/meta.json").read_text()
+    assert unit["meta"]["name"] == f"{json.loads(meta)['name']}, z of unit RMS"
+    two = f"{here} --two_levels {folder} --val_data {tmp_path}/a"
+    assert photo_table("features", two) == ["SiT-merged-two-levels-5-0"]
+    with pytest.raises(data.UserError, match="was trained with data"):
+        photo_table("guidance", f"--data {folder}")
+    (tmp_path / "a/meta.json").write_text(meta.replace(unit["meta"]["arrays"]["x"]["sha256"], "-"))
+    with pytest.raises(data.UserError, match="has other x than"):
+        photo_table("features", two)
 
 
 def test_settings_are_a_table_each(photo_table, monkeypatch, capsys):
@@ -2964,12 +2991,17 @@ def test_settings_are_a_table_each(photo_table, monkeypatch, capsys):
 
 
 def test_a_run_that_outlives_its_table_is_not_trained_twice(tmp_path):
-    """SIGTERM to the table ends the run, which takes its time; SIGKILL leaves it at work."""
-    run = [sys.executable, "-c", "import os, signal, sys, time\n"
-           "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), sys.exit(143)))\n"
-           "open(sys.argv[1] + '/pid', 'w').write(f'{os.getpid()} ')\n"
-           "time.sleep(60)", str(tmp_path)]
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
+    """SIGTERM to the table ends the run, which takes its time, or is not ready for it, or done;
+    SIGKILL leaves it at work."""
+    for number, at_sigterm, code in (
+            (signal.SIGTERM, "lambda *_: (time.sleep(0.5), sys.exit(143))", 143),
+            (signal.SIGTERM, "signal.SIG_DFL", 143),
+            (signal.SIGTERM, "lambda *_: sys.exit(0)", 143),
+            (signal.SIGKILL, "signal.SIG_DFL", -signal.SIGKILL)):
+        run = [sys.executable, "-c", "import os, signal, sys, time\n"
+               f"signal.signal(signal.SIGTERM, {at_sigterm})\n"
+               "open(sys.argv[1] + '/pid', 'w').write(f'{os.getpid()} ')\n"
+               "time.sleep(60)", str(tmp_path)]
         (tmp_path / "pid").unlink(missing_ok=True)
         table = forked(lambda: bench.train_to_the_end(run), {})
         while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().endswith(" "):
@@ -2999,6 +3031,10 @@ def test_runs_of_equal_names_have_equal_settings_and_of_others_others(table):
         flags = [flag if isinstance(flag, str) else "--data=unit" for flag in flags]
         of_run = train.resolve(train.typed(train.parser().parse_args(flags)), None)
         assert settings.setdefault(name, of_run) == of_run and hows
+        assert of_run["unconditional"] == ("-unconditional-" in name)
+        assert ("merged" in name or "separate" in name) == (of_run["r"] > 0)
+        *_, setting, value = name.split("-")
+        assert setting not in ("r", "lam_z", "p_drop_z") or of_run[setting] == float(value)
     assert len({json.dumps(of_run) for of_run in settings.values()}) == len(settings)
 
 
@@ -3012,34 +3048,32 @@ def test_the_table_of_digits_has_means_and_spreads_of_seeds(workdir, tmp_path, m
     name = "SiT-conditional-merged"
     main(bench, f"digits --steps 1 --n 10 --seeds 0 1 --only {name} --out {tmp_path}")
     rows = bench.rows_of(tmp_path / "rows.jsonl")
-    assert [(row["seed"], row["sampled_with"]["w_r"]) for row in rows] == [
-        (0, 1), (0, 1.5), (1, 1), (1, 1.5)]
-    values = [rows[i]["frechet_classifier"] for i in (1, 3)]
-    spread = abs(values[0] - values[1]) / 2 ** 0.5
-    assert (f"| {name} | 1.5 | {np.mean(values):.2f} ± {spread:.2f} | "
-            in capsys.readouterr().out)
+    assert [(row["seed"], row["sampled_with"]) for row in rows] == [
+        (0, {}), (0, {"w_r": 1.5}), (1, {}), (1, {"w_r": 1.5})]
+    assert not any(row["made_with"].get("unconditional") for row in rows)
+    assert all("read_as_asked_percent" in row for row in rows)
+    values = np.reshape([row["frechet_classifier"] for row in rows], (2, 2))
+    changes = values[:, 1] - values[:, 0]
+    assert (f"| {name} | 1.5 | {values[:, 1].mean():.0f} ± {values[:, 1].std(ddof=1):.0f} |  | "
+            f"{changes.mean():+.2f} ± {changes.std(ddof=1):.2f} | " in capsys.readouterr().out)
     assert rows[0]["made_with"]["lr"] == 3e-3 and rows[0]["training_seconds"] == pytest.approx(
         128 / rows[0]["images_per_s"])
 
 
 def test_curves_are_means_of_seeds_over_steps_and_over_seconds(tmp_path, monkeypatch):
     axes = pytest.importorskip("matplotlib.axes").Axes
-    rows = [{"run": f"SiT-{fusion}", "seed": seed, "made_with": train.resolve(
-        {"fusion": fusion, "batch_size": 64}, None), "curve": [[1, 10 + seed], [2, 8 - seed]]}
-        for fusion, seed in (("merged", 0), ("merged", 1), ("none", 0))]
-    rates = [{"model": "SiT-T/2", "run": run, "images_per_s": rate}
-             for run, rate in (("none", 128), ("REPA", 8), ("merged", 32))]
-    for name, content in (("rows", rows), ("rates", rates), ("few", rates[1:])):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+    rows = [{"run": run, "seed": seed, "made_with": {"batch_size": 64}, "images_per_s": rate,
+             "curve": [[1, 10 + seed], [2, 8 - seed]]}
+            for run, seed, rate in (("merged", 0, 24), ("merged", 1, 40), ("none", 0, 128))]
+    (tmp_path / "rows").write_text("".join(json.dumps(row) + "\n" for row in rows))
     drawn, plot = [], axes.plot
     monkeypatch.setattr(axes, "plot", lambda self, x, y, label, **style: (
         drawn.append((label, list(x), list(y))), plot(self, x, y, label=label, **style)))
-    flags = f"curves --rows {tmp_path}/rows --out {tmp_path}/curves.png --rates {tmp_path}"
-    main(bench, f"{flags}/rates")
-    assert drawn == [("SiT-merged", [1, 2], [10.5, 7.5]), ("SiT-merged", [2, 4], [10.5, 7.5]),
-                     ("SiT-none", [1, 2], [10, 8]), ("SiT-none", [0.5, 1], [10, 8])]
-    with pytest.raises(data.UserError, match="few has no SiT-T/2 none"):
-        main(bench, f"{flags}/few")
+    main(bench, f"curves --rows {tmp_path}/rows --out {tmp_path}/curves.png")
+    assert drawn == [("merged", [1, 2], [10.5, 7.5]), ("merged", [2, 4], [10.5, 7.5]),
+                     ("none", [1, 2], [10, 8]), ("none", [0.5, 1], [10, 8])]
+    with pytest.raises(data.UserError, match="has no curves"):
+        main(bench, f"curves --rows {tmp_path}/rows --only None")
 
 
 def test_generated_features_are_probed_on_real_ones(photos, photo_table, tmp_path, capsys,
@@ -3058,6 +3092,12 @@ def test_generated_features_are_probed_on_real_ones(photos, photo_table, tmp_pat
                           enumerate(torch.arange(11) % 3)])
     monkeypatch.setattr(sample, "generate", lambda *args, **kwargs: (x[order], z[order]))
     perfect = bench.probe(args, path, "cpu")
+    shutil.copytree(folder, tmp_path / "noise")
+    stored = np.load(tmp_path / "noise/z.npy")
+    np.save(tmp_path / "noise/z.npy", np.random.default_rng(0).normal(
+        size=stored.shape).astype(stored.dtype))
+    args.val_data = f"{tmp_path}/noise"
+    assert bench.probe(args, path, "cpu")["from_real_z"] < 80 < perfect["from_generated_z"]
     assert perfect["from_real_z"] == 100 == own["from_real_z"]
     assert perfect["from_generated_z"] > 80 > own["from_generated_z"]
     with pytest.raises(data.UserError, match="--val_data"):
