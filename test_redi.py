@@ -2967,13 +2967,11 @@ def test_tables_train_and_sample_as_their_rows_say(photos, photo_table, tmp_path
     unit = sample.load_checkpoint(f"{tmp_path}/SiT-merged-z-of-unit-RMS-5-0/ckpt.pt")
     folder, meta = unit["settings"]["data"], (tmp_path / "a/meta.json").read_text()
     assert unit["meta"]["name"] == f"{json.loads(meta)['name']}, z of unit RMS"
-    two = f"{here} --two_levels {folder} --val_data {tmp_path}/a"
-    assert photo_table("features", two) == ["SiT-merged-two-levels-5-0"]
     with pytest.raises(data.UserError, match="was trained with data"):
         photo_table("guidance", f"--data {folder}")
     (tmp_path / "a/meta.json").write_text(meta.replace(unit["meta"]["arrays"]["x"]["sha256"], "-"))
     with pytest.raises(data.UserError, match="has other x than"):
-        photo_table("features", two)
+        photo_table("features", f"{here} --two_levels {folder} --val_data {tmp_path}/a")
 
 
 def test_settings_are_a_table_each(photo_table, monkeypatch, capsys):
@@ -3032,6 +3030,7 @@ def test_runs_of_equal_names_have_equal_settings_and_of_others_others(table):
         of_run = train.resolve(train.typed(train.parser().parse_args(flags)), None)
         assert settings.setdefault(name, of_run) == of_run and hows
         assert of_run["unconditional"] == ("-unconditional-" in name)
+        assert (of_run["data"] == "two") == name.endswith("-two-levels")
         assert ("merged" in name or "separate" in name) == (of_run["r"] > 0)
         *_, setting, value = name.split("-")
         assert setting not in ("r", "lam_z", "p_drop_z") or of_run[setting] == float(value)
