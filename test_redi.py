@@ -45,7 +45,7 @@ import train
 
 HERE = pathlib.Path(__file__).parent
 ALL = slice(None)
-train.N_JUDGED = 50                                                     # seldom looked at here
+train.N_JUDGED = train.JUDGED_AT_ONCE = 25                              # seldom looked at here
 DOUBLE = torch.float64
 
 
