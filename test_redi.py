@@ -2787,7 +2787,8 @@ def test_all_five_metrics_in_adms_layout(sets, capsys, monkeypatch):
         main(fid, "a.npz wrong.npz")
 
 
-def test_images_that_are_none_are_one_line(sets, tmp_path):
+def test_images_that_are_none_are_one_line(sets, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)     # not 5 s
     a, b = sets
     np.savez("floats.npz", arr_0=a / 255)
     np.savez("one.npz", arr_0=a[:1])
