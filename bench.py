@@ -54,10 +54,20 @@ import sample
 import train
 
 N_SAMPLES = 1_000                         # samples behind each row
-# what a run is trained for -> train.py's flags
-METHODS = {"none": ["--fusion=none"], "REPA": ["--fusion=none", f"--repa={train.REPA_WEIGHT}"],
-           "merged": ["--fusion=merged"], "separate": ["--fusion=separate"],
-           "merged+REPA": ["--fusion=merged", f"--repa={train.REPA_WEIGHT}"]}
+# what a run is trained for -> train.py's settings
+METHODS = {name: {"fusion": fusion, "repa": train.REPA_WEIGHT * repa} for name, fusion, repa in (
+    ("none", "none", False), ("REPA", "none", True), ("merged", "merged", False),
+    ("separate", "separate", False), ("merged+REPA", "merged", True))}
+
+
+def method_flags(method):
+    """train.py's."""
+    return [f"--{name}={value}" for name, value in METHODS[method].items()]
+
+
+def method_of(settings):
+    """Which of METHODS a run's settings are."""
+    return next(name for name, method in METHODS.items() if method.items() <= settings.items())
 
 
 def digit_jobs(args):
@@ -67,15 +77,16 @@ def digit_jobs(args):
         for method in ("none", "REPA", "merged", "separate"):
             weights = (1.0, 1.5) if method in model.FUSIONS[1:] else (1.0,)
             yield (f"{args.family}-{of}-{method}",
-                   [f"--model={args.family}-T/2", *METHODS[method], *flag],
+                   [f"--model={args.family}-T/2", *method_flags(method), *flag],
                    [{"w_r": w_r} for w_r in weights])
 
 
 def photo_jobs(args):
     """The same of a table on photographs; a run that two tables share has one name."""
     def job(name, family, method, *flags, hows=({},)):
-        channels = [] if METHODS[method][0] == "--fusion=none" else [f"--r={args.r}"]
-        return name, [f"--model={family}-{args.size}/2", *METHODS[method], *channels, *flags], hows
+        channels = [] if METHODS[method]["fusion"] == "none" else [f"--r={args.r}"]
+        return (name, [f"--model={family}-{args.size}/2", *method_flags(method), *channels, *flags],
+                hows)
 
     if args.name == "methods":
         for family in ("SiT", "DiT"):
@@ -88,7 +99,7 @@ def photo_jobs(args):
             for suffix, flags in (("", ()), ("-lam_z-0.25", ("--lam_z=0.25",))):
                 yield job(f"{family}-unconditional-merged{suffix}", family, "merged",
                           "--unconditional", *flags,
-                          hows=[{"w_r": w_r} for w_r in (1.0, 1.1, 1.5, 2.0)])
+                          hows=[*({"w_r": w_r} for w_r in (1.0, 1.1, 1.5, 2.0)), {"z": "real"}])
     elif args.name == "settings":
         yield job("SiT-merged", "SiT", "merged")
         defaults = {"r": args.r, "lam_z": train.DEFAULTS["lam_z"],
@@ -106,9 +117,11 @@ def photo_jobs(args):
         hows += [{"w_cfg": w_cfg, "w_r": 1.0, "cfg_on": "both"} for w_cfg in (1.5, 2.0, 4.0)]
         yield job("SiT-merged", "SiT", "merged", hows=hows)
     elif args.name == "features":
-        yield job("SiT-merged", "SiT", "merged")
+        hows = [{}, {"z": "real"}]
+        yield job("SiT-merged", "SiT", "merged", hows=hows)
         if args.two_levels:
-            yield job("SiT-merged-two-levels", "SiT", "merged", f"--data={args.two_levels}")
+            yield job("SiT-merged-two-levels", "SiT", "merged", f"--data={args.two_levels}",
+                      hows=hows)
 
 
 def unit_rms(folder, r):
@@ -173,14 +186,19 @@ def training_seconds(out, batch_size):
                for before, row in zip([{"step": 0}, *rows], rows))
 
 
+def find_row(path, key):
+    """The row of a .jsonl file that says all that key says, or None."""
+    return next((row for row in rows_of(path) if all(
+        name in row and row[name] == value for name, value in key.items())), None)
+
+
 def kept(path, key, make, device="cpu"):
-    """The row of a .jsonl file that says all that key says; if there is none, make()'s is added,
-    which computes on that device."""
-    for row in rows_of(path):
-        if all(name in row and row[name] == value for name, value in key.items()):
-            return row
+    """find_row()'s; if there is none, make()'s is added, which computes on that device."""
+    row = find_row(path, key)
+    if row:
+        return row
     row = key | make() | {"hardware": hardware(device), "date": time.strftime("%Y-%m-%d")}
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path, "ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)                   # tables may be made side by side
         file.seek(0)
@@ -194,10 +212,30 @@ def made_on(rows):
     return "; ".join(sorted({f"{row['hardware']}, {row['date']}" for row in rows}))
 
 
-def judge_samples(net, meta, judge, n, device="cpu", **how):
-    """The metrics of n samples of classes in turn, without counts in their names, and the seconds
-    that sampling took; how: sample_batches()'s arguments."""
-    y, size = data.classes_in_turn(n, net.n_classes), train.JUDGED_AT_ONCE
+def real_z(z):
+    """For sample_batches(): guided(), but the net sees the z_t of real images: z (n, r, H, W),
+    noised with what z_t begins with. What x gains by it is lost where z is generated."""
+    size = train.JUDGED_AT_ONCE
+    batches = iter(torch.cat([z, z[:1].expand(-len(z) % size, -1, -1, -1)]).split(size))
+
+    def guide(net, y, **guidance):
+        predict, z, first = sample.guided(net, y, **guidance), next(batches).to(y.device), []
+
+        def of_real(state, t):
+            first[:] = first or state
+            z_t = net.process.add_noise(z, first[1], torch.full((len(y),), t, device=y.device))
+            return predict([state[0], z_t], t)
+
+        return of_real
+
+    return guide
+
+
+def judge_samples(net, meta, judge, n, device="cpu", y=None, **how):
+    """The metrics of n samples, without counts in their names, and the seconds that sampling took;
+    y: their classes (None: in turn); how: sample_batches()'s arguments."""
+    y = data.classes_in_turn(n, net.n_classes) if y is None or not net.n_classes else y
+    size = train.JUDGED_AT_ONCE
     start = time.perf_counter()
     x, _ = sample.generate(net.to(device), y, batch_size=size, device=device, progress=True, **how)
     seconds = time.perf_counter() - start
@@ -290,6 +328,10 @@ def train_and_judge(args, jobs, flags, judge):
             net, about = trained()
             options = {"steps": about["settings"]["sample_steps"],
                        "bf16": device.type == "cuda"} | how
+            if options.pop("z", None) == "real":
+                source = data.open_data(about["settings"]["data"], net.r)
+                _, z, y, _ = source.batch(source.examples(args.n))
+                options |= {"guide": real_z(z), "y": y}
             metrics = judge_samples(net, about["meta"], judge(), args.n, device, **options)
             distances = [[row["step"], next(value for key, value in row.items() if
                                             key.startswith("frechet"))]
@@ -385,7 +427,7 @@ def print_photos(rows, features, n, points):
           f"sampling images/s |\n|---|---|{'---|' * len(points)}---|---|---|")
     for (name, *how), of_seeds in rows.items():
         curves = [dict(row["curve"]) for row in of_seeds]
-        unguided = all(weight == 1 for _, weight in how)   # as the curve's samples
+        unguided = all(value == 1 for _, value in how)     # as the curve's samples
         cells = [mean_and_spread([curve[step] for curve in curves])
                  if unguided and all(step in curve for curve in curves) else "" for step in points]
         cells += [mean_and_spread([row[f"frechet_{features}"] for row in of_seeds])]
@@ -409,6 +451,9 @@ def photos(args):
                                  "prepare it from the same images, with the same codec and size")
     space = fid.Space(args.features, args.weights,
                       data.key_values(args.features_kwargs, "features_kwargs"), device)
+    if space.with_head in [each["weights"] for each in meta["encoders"]]:
+        raise data.UserError(f"--weights {args.weights}: this network made the z of {args.data}; "
+                             "let another one measure the samples")
     reference = photo_reference(args, meta, space)
     every = max(args.steps // 5, 1)
     flags = [f"--{name}={value}" for name, value in {
@@ -444,7 +489,8 @@ def photos(args):
 
 
 def curves(args):
-    """Draw the Fréchet distance over training steps and over seconds at the runs' median speed."""
+    """Draw the Fréchet distance over training steps and over seconds: at the speed that rows of
+    --speed say of the method, or the run's own median."""
     try:
         import matplotlib
     except ImportError:
@@ -461,11 +507,19 @@ def curves(args):
     figure, panels = pyplot.subplots(1, 2, figsize=(9.5, 3.6), sharey=True)
     for i, ((name, settings), of_seeds) in enumerate(runs.items()):
         steps, distances = np.mean([row["curve"] for row in of_seeds.values()], 0).T
+        made_with = train.DEFAULTS | json.loads(settings)
         rate = statistics.median(row["images_per_s"] for row in of_seeds.values())
+        if args.speed:
+            key = {"model": made_with["model"], "run": method_of(made_with)}
+            row = find_row(args.speed, key)
+            if not row:
+                raise data.UserError(f"{args.speed} has no row of {key['model']} {key['run']}: "
+                                     "make it with bench.py speed --rows, or leave out --speed")
+            rate = row["images_per_s"]
         style = {"marker": "o", "markersize": 3, "color": f"C{i % 10}", "label": name,
                  "linestyle": "-" if name.startswith("SiT") else "--"}
         panels[0].plot(steps, distances, **style)
-        panels[1].plot(steps * json.loads(settings)["batch_size"] / rate, distances, **style)
+        panels[1].plot(steps * made_with["batch_size"] / rate, distances, **style)
     for panel, label in zip(panels, ("training steps", "training seconds")):
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
@@ -501,15 +555,10 @@ def sheets(args):
 
 
 @torch.no_grad()
-def losses_over_time(path, folder, n, device):
-    """The training losses of a checkpoint's EMA on n images of a prepared folder (None: of its
-    training data), with the same noise at every time and for every network of as many channels:
-    time from 0, noise, to 1, data -> {"x": mean, "z": mean (0 without), "x, z null": mean}."""
-    net, about = sample.load_model(path)
-    net, source = net.to(device), data.open_data(folder or about["settings"]["data"], net.r)
-    for key in ("codec", "scale", "shift", "x_size", "z_std"):
-        if source.meta[key] != about["meta"][key]:
-            raise data.UserError(f"{path} was trained on data with another {key}")
+def losses_over_time(net, source, n, device):
+    """The training losses of a network on n images of a Prepared folder, with the same noise at
+    every time and for every network of as many channels: {"x": {time from 0, noise, to 1, data:
+    mean}} and, of networks with z, the same of "x, z null" and "z"."""
     x, z, y, _ = source.batch(source.examples(n))
     generator = torch.Generator().manual_seed(0)
     eps_x, eps_z = (None if part is None else torch.randn(part.shape, generator=generator)
@@ -517,37 +566,50 @@ def losses_over_time(path, folder, n, device):
     y = y if net.n_classes else torch.zeros_like(y)
     found = {}
     for u in np.arange(0.05, 1, 0.1):
-        t, losses = net.process.draw_t(torch.full((n,), u)), {}
+        t = net.process.draw_t(torch.full((n,), u))
+        time_to_data = f"{net.process.data_time(t[0]).item():.2f}"
         for dropped in (False, True)[:1 + bool(net.r)]:
             batch = (x, z, y, t, eps_x, eps_z, torch.full((n,), dropped))
             of_batches = [train.joint_loss(net, net.process, *train.of_each(
                 batch, lambda part: part[rows].to(device))) for rows in torch.arange(n).split(64)]
             of_x, of_z = (torch.cat(parts).mean().item() for parts in zip(*of_batches))
-            losses |= {"x, z null": of_x} if dropped else {"x": of_x, "z": of_z}
-        found[round(net.process.data_time(t[0]).item(), 2)] = losses
-    return dict(sorted(found.items()))
+            found.setdefault("x, z null" if dropped else "x", {})[time_to_data] = of_x
+            if net.r and not dropped:
+                found.setdefault("z", {})[time_to_data] = of_z
+    return {name: dict(sorted(found[name].items())) for name in sorted(found)}
 
 
 def losses(args):
     """Print where in time z helps a checkpoint to denoise x, and what z itself costs."""
     if args.n < 1:
         raise data.UserError(f"--n {args.n}: the mean of the losses needs an image")
-    tables = [losses_over_time(path, args.data, args.n, data.pick_device(args.device))
-              for path in args.ckpt]
-    print(f"| run | loss of | {' | '.join(f't = {t:g}' for t in tables[0])} |\n|---|---"
-          + "|---" * len(tables[0]) + "|")
-    for path, table in zip(args.ckpt, tables):
-        with_z = "x, z null" in next(iter(table.values()))
-        for name in ("x", "x, z null", "z") if with_z else ("x",):
-            cells = " | ".join(f"{of_t[name]:.3f}" for of_t in table.values())
-            print(f"| {run_of(path)} | {name} | {cells} |")
-    print(f"\n{args.n} images; {stamp(args.device)}")
+    device, rows = data.pick_device(args.device), []
+    for path in args.ckpt:
+        net, about = sample.load_model(path)
+        source = data.open_data(args.data or about["settings"]["data"], net.r)
+        for key in ("codec", "scale", "shift", "x_size", "z_std"):
+            if source.meta[key] != about["meta"][key]:
+                raise data.UserError(f"{path} was trained on data with another {key}")
+        key = {"run": run_of(path), "net": data.weights_hash(net)[:16], "n": args.n,
+               "data": {name: source.meta["arrays"][name]["sha256"]
+                        for name in ("xz" if net.r else "x")}}
+        rows.append(kept(args.rows, key, lambda: {
+            "losses": losses_over_time(net.to(device), source, args.n, device)}, device))
+        of_run = rows[-1]["losses"]
+        if len(rows) == 1:
+            print(f"| run | loss of | {' | '.join(f't = {t}' for t in of_run['x'])} |\n|---|---"
+                  + "|---" * len(of_run["x"]) + "|")
+        for name, over_time in of_run.items():
+            cells = " | ".join(f"{loss:.3f}" for loss in over_time.values())
+            print(f"| {run_of(path)} | {name} | {cells} |", flush=True)
+    print(f"\n{args.n} images; {made_on(rows)}")
 
 
 def judged(args, path, how):
     """The row of n digits that the checkpoint `path` makes with sample_batches()'s arguments `how`:
     made, judged and kept if it is not there."""
     net, about = sample.load_model(path)
+    sample.check_guidance(about, argparse.Namespace(**{"ckpt": path, "w_r": 1, "w_cfg": 1} | how))
     if about["meta"]["name"] != "digits":
         raise data.UserError(f"{path}: these tables judge digits, and it was trained on "
                              f"{about['meta']['name']}")
@@ -560,17 +622,19 @@ def few_steps(args):
     """Print quality and time of every solver of the checkpoints over its network calls."""
     print("| model | solver | calls | Fréchet, classifier | Fréchet, pixels | read as asked % | "
           "seconds |\n|---|---|---|---|---|---|---|")
+    rows = []
     for path in args.ckpt:
         _, about = sample.load_model(path)
         name = about["arch"]["name"]
         for solver in sample.SOLVERS[model.FAMILIES[model.parse_name(name)[0]]]:
             for steps in args.calls:
                 row = judged(args, path, {"solver": solver, "steps": steps})
+                rows.append(row)
                 read = row.get("read_as_asked_percent", math.nan)
                 print(f"| {name} | {solver} | {steps} | {row['frechet_classifier']:.2f} | "
                       f"{row['frechet_pixels']:.2f} | {read:.1f} | {row['seconds']:.1f} |",
                       flush=True)
-    print(f"\n{args.n} samples; {stamp('cpu')}")
+    print(f"\n{args.n} samples; {made_on(rows)}")
 
 
 def guidance(args):
@@ -580,13 +644,15 @@ def guidance(args):
     steps = about["settings"]["sample_steps"]
     print(f"| w_r | {' | '.join(f'w_cfg {w:g}' for w in args.w_cfg)} |\n|---"
           + "|---" * len(args.w_cfg) + "|")
+    rows = []
     for w_r in args.w_r:
         cells = [judged(args, path, {"steps": steps, "w_cfg": w_cfg, "w_r": w_r})
                  for w_cfg in args.w_cfg]
         print(f"| {w_r:g} | " + " | ".join(
             f"{row['frechet_classifier']:.2f} / {row.get('read_as_asked_percent', math.nan):.1f}"
             for row in cells) + " |", flush=True)
-    print(f"\n{args.n} samples, {steps} calls; {stamp('cpu')}")
+        rows += cells
+    print(f"\n{args.n} samples, {steps} calls; {made_on(rows)}")
 
 
 def read_and_write_ours(args, folder):
@@ -773,11 +839,12 @@ class Ours:
         flags = [f"--{flag}={getattr(args, flag)}" for flag in ("batch_size", "micro_batch_size")
                  if getattr(args, flag)]
         flags += [f"--{'' if getattr(args, flag) else 'no-'}{flag}" for flag in ("bf16", "compile")]
-        of_run = train.parser().parse_args(["--model", name, "--data", folder, *METHODS[method],
-                                            *flags])
+        of_run = train.parser().parse_args(["--model", name, "--data", folder,
+                                            *method_flags(method), *flags])
         before = allocated()
         self.trainer = train.Trainer(train.resolve(train.typed(of_run), None), of_run, args.dev,
                                      None, rank, n_processes)
+        self.arch = self.trainer.arch
         self.check, self.batches = None, data.prefetch(self.trainer.assemble, range(10 ** 9))
         self.resident = allocated() - before
 
@@ -901,6 +968,51 @@ def seconds_of(work, device):
     return time.perf_counter() - start
 
 
+def speed_of(args, name, keys, rank, n_processes):
+    """{run: row} of the model of that name: the runs of keys in turn, round by round."""
+    on_gpu, rates, sampling_rates, memory = args.dev.type == "cuda", {}, {}, {}
+    peak = n_processes * matmul_peak(args.dev, torch.bfloat16 if args.bf16 else torch.float32,
+                                     8192 if on_gpu else 2048)
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.data:
+            random_data(folder)
+        runs = {run: Theirs(args, name, encoder="encoder" in run) if "official" in run else
+                Ours(args, args.data or folder, name, run, rank, n_processes) for run in keys}
+        for i in range(args.rounds + 1):                             # the first warms up
+            for run, of_run in runs.items():
+                if on_gpu:                                           # all runs' weights lie there
+                    torch.cuda.reset_peak_memory_stats()
+                    before = allocated()
+                seconds = seconds_of(lambda: of_run.steps(args.steps), args.dev)
+                if on_gpu:
+                    memory[run] = torch.cuda.max_memory_allocated() - before + of_run.resident
+                if i:
+                    rates.setdefault(run, []).append(args.batch_size * args.steps / seconds)
+                if isinstance(of_run, Ours) and args.calls:
+                    n = min(args.batch_size, 64)
+                    seconds = seconds_of(lambda: of_run.sample(n, args.calls), args.dev)
+                    if i:
+                        sampling_rates.setdefault(run, []).append(
+                            n_processes * n * args.calls / seconds / 250)
+        rows = {}
+        for run, key in keys.items():
+            arch = {"name": name, "fusion": "merged", "r": 8}        # theirs
+            flop = forward_flop(getattr(runs[run], "arch", arch))
+            rate = statistics.median(rates[run])
+            rows[run] = key | {
+                "images_per_s": rate, "least": min(rates[run]), "most": max(rates[run]),
+                "ratio": rate / statistics.median(rates[args.methods[0]]),
+                "mfu_percent": 100 * 3 * flop * rate / peak, "peak_flop_per_s": peak,
+                "memory_gb": memory[run] / 1e9 if on_gpu else None,
+                "date": time.strftime("%Y-%m-%d")}
+            if run in sampling_rates:
+                of_run = sampling_rates[run]
+                rows[run] |= {"sampling_images_per_s": statistics.median(of_run),
+                              "sampling_least": min(of_run), "sampling_most": max(of_run)}
+    torch._dynamo.reset()                                # code for another width
+    return rows
+
+
 def speed(args):
     """Print training and sampling images/s of every method and, given their code, the authors'."""
     rank, n_processes = data.rank_and_count()
@@ -908,66 +1020,44 @@ def speed(args):
         raise data.UserError("--official is for one process, without --data; leave it out")
     args.dev = data.begin(args, n_processes, "nccl")
     on_gpu = args.dev.type == "cuda"
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    peak = n_processes * matmul_peak(args.dev, dtype, 8192 if on_gpu else 2048)
 
     def say(text):
         if rank == 0:
             print(text, flush=True)
 
     tokens = (data.Prepared(args.data).meta["x_size"] if args.data else 32) ** 2 // 4
-    say(f"batch {args.batch_size}, {tokens} tokens at patch 2, {str(dtype)[6:]}"
-        f"{', compiled' * args.compile}; "
-        f"{n_processes} process(es); {args.rounds} alternating rounds of {args.steps} steps; "
-        f"{stamp(args.dev)}, torch {torch.__version__}; matrix product "
-        f"{peak / 1e12:.3g} TFLOP/s; sampling not compiled, 250 calls\n\n"
+    precision = "bfloat16" if args.bf16 else "float32"
+    say(f"batch {args.batch_size}, {tokens} tokens at patch 2, {precision}"
+        f"{', compiled' * args.compile}; {n_processes} process(es); {args.rounds} alternating "
+        f"rounds of {args.steps} steps; "
+        f"torch {torch.__version__}; sampling not compiled, by {args.calls} calls, images/s for "
+        f"250\n\n"
         f"| | training images/s: median (least to most) | MFU % | ratio | "
-        f"{'memory GB | ' * on_gpu}sampling images/s |\n|---|---|---|---|---|{'---|' * on_gpu}")
+        f"{'memory GB | ' * on_gpu}sampling images/s: median (least to most) |\n"
+        f"|---|---|---|---|---|{'---|' * on_gpu}")
+    theirs = ["official", "official, with its encoder"][:bool(args.official) * (1 + args.encoder)]
+    runs, all_rows = [*args.methods, *theirs], []
+    settings = {name: getattr(args, name) for name in (
+        "batch_size", "micro_batch_size", "steps", "rounds", "calls", "bf16", "compile")}
     for name in args.models:
-        with tempfile.TemporaryDirectory() as folder:
-            if not args.data:
-                random_data(folder)
-            runs = {method: Ours(args, args.data or folder, name, method, rank, n_processes)
-                    for method in args.methods}
-            if args.official:
-                runs["official"] = Theirs(args, name)
-                if args.encoder:
-                    runs["official, with its encoder"] = Theirs(args, name, encoder=True)
-            rates, memory = {run: [] for run in runs}, {}
-            for i in range(args.rounds + 1):                         # the first warms up
-                for run, of_run in runs.items():
-                    if on_gpu:                                       # all runs' weights lie there
-                        torch.cuda.reset_peak_memory_stats()
-                        before = allocated()
-                    seconds = seconds_of(lambda: of_run.steps(args.steps), args.dev)
-                    if i:
-                        rates[run].append(args.batch_size * args.steps / seconds)
-                    if on_gpu:
-                        memory[run] = torch.cuda.max_memory_allocated() - before + of_run.resident
-            for run, of_run in runs.items():
-                rate, ours = statistics.median(rates[run]), isinstance(of_run, Ours)
-                flop = forward_flop(of_run.trainer.arch if ours else
-                                    {"name": name, "fusion": "merged", "r": 8})
-                row = {"model": name, "run": run, "n_processes": n_processes,
-                       "images_per_s": rate, "least": min(rates[run]), "most": max(rates[run]),
-                       "mfu_percent": 100 * 3 * flop * rate / peak,
-                       "ratio": rate / statistics.median(rates[args.methods[0]]),
-                       "batch_size": args.batch_size, "bf16": args.bf16, "compile": args.compile,
-                       "memory_gb": memory[run] / 1e9 if on_gpu else None, "peak_flop_per_s": peak,
-                       "hardware": hardware(args.dev), "date": time.strftime("%Y-%m-%d")}
-                if ours and args.calls:
-                    n = min(args.batch_size, 64)
-                    seconds = min(seconds_of(lambda: of_run.sample(n, args.calls), args.dev)
-                                  for _ in range(2))
-                    row["sampling_images_per_s"] = n_processes * n * args.calls / seconds / 250
-                say(f"| {name} {run} | {rate:.4g} ({row['least']:.4g} to {row['most']:.4g}) | "
-                    f"{row['mfu_percent']:.1f} | {row['ratio']:.3f} | "
-                    + (f"{row['memory_gb']:.1f} | " if on_gpu else "")
-                    + f"{row.get('sampling_images_per_s', float('nan')):.3g} |")
-                if rank == 0 and args.rows:
-                    train.append(args.rows, row)
-            del runs, of_run
-            torch._dynamo.reset()                    # code for another width
+        keys = {run: {"model": name, "run": run, "beside": runs, "n_processes": n_processes,
+                      "tokens": tokens, "hardware": hardware(args.dev)} | settings for run in runs}
+        rows = [find_row(args.rows, key) if args.rows else None for key in keys.values()]
+        if not data.share(all(rows)):                    # a ratio is to what ran beside it
+            made = speed_of(args, name, keys, rank, n_processes)
+            rows = [kept(args.rows, key, lambda: made[run], args.dev) if rank == 0 and args.rows
+                    else made[run] for run, key in keys.items()]
+        for row in rows:
+            trained, sampled = (
+                f"{row[rate]:.4g} ({row[f'{least}least']:.4g} to {row[f'{least}most']:.4g})"
+                if rate in row else "" for rate, least in (("images_per_s", ""),
+                                                           ("sampling_images_per_s", "sampling_")))
+            say(f"| {name} {row['run']} | {trained} | {row['mfu_percent']:.1f} | "
+                f"{row['ratio']:.3f} | " + (f"{row['memory_gb']:.1f} | " if on_gpu else "")
+                + f"{sampled} |")
+        all_rows += rows
+    say(f"\nMFU is of a matrix product's {all_rows[0]['peak_flop_per_s'] / 1e12:.3g} TFLOP/s; "
+        f"{made_on(all_rows)}")
     if n_processes > 1:
         dist.destroy_process_group()
 
@@ -1195,13 +1285,15 @@ def parser():
     q.add_argument("--sample_steps", type=int, default=50, help="default: %(default)s")
     q.add_argument("--eval_n", type=int, default=N_SAMPLES,
                    help="samples at each point of the curves (default: %(default)s)")
-    runs(q, 20_000, "runs/photos")
+    runs(q, 2_500, "runs/photos")
     q = tables.add_parser("curves", help="a picture of photos' curves (needs matplotlib)",
                           allow_abbrev=False)
     q.set_defaults(table=curves)
     q.add_argument("--rows", default="runs/photos/rows.jsonl", metavar="FILE",
                    help="of photos (default: %(default)s)")
     q.add_argument("--only", nargs="+", metavar="RUN", help="just these (default: all)")
+    q.add_argument("--speed", metavar="FILE", help="rows of speed, by method and model, for the "
+                                                   "panel over seconds (default: each run's log)")
     q.add_argument("--label", default="Fréchet distance", help="default: %(default)s")
     q.add_argument("--out", default="curves.png", metavar="FILE", help="default: %(default)s")
     for table, text in ((sheets, "a picture of samples from equal noise"),
@@ -1220,6 +1312,8 @@ def parser():
         else:
             q.add_argument("--data", metavar="DIR", help="other images, prepared with the same "
                                                          "PCA (default: the training data)")
+            q.add_argument("--rows", default="runs/losses/rows.jsonl", metavar="FILE",
+                           help="where they are kept (default: %(default)s)")
             q.add_argument("--n", type=int, default=512, help="images (default: %(default)s)")
     for table, text in ((few_steps, "solvers over their network calls, on digits"),
                         (guidance, "w_r x w_cfg, on digits")):
@@ -1282,7 +1376,8 @@ def parser():
     q.add_argument("--calls", type=int, default=4,
                    help="network calls that sampling is measured by; 0 is off (default: "
                         "%(default)s; images/s are for 250)")
-    q.add_argument("--rows", metavar="FILE", help="append the rows to a .jsonl file, too")
+    q.add_argument("--rows", metavar="FILE", help="keep the rows in a .jsonl file; those that are "
+                                                  "there are not measured again")
     q.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on GPUs")
     q.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
     q.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")

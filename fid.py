@@ -213,7 +213,8 @@ def is_published(path):
 class Space:
     """What turns images uint8 (B, 3, H, W) into features: the call returns (pool,), (B, d), and for
     inception (pool, spatial, logits). weights: their sha256, and the settings that change what they
-    do. UserError if it cannot be had.
+    do; with_head: a timm model's sha256 as the metadata of prepared data have it. UserError if it
+    cannot be had.
 
     name: inception, dinov2, pixels, or a timm model, whose pooled features are taken; weights: a
     file, None for the published ones; settings: timm.create_model's, and mean and std in place of
@@ -221,7 +222,7 @@ class Space:
     that these came from.
     """
     def __init__(self, name, weights=None, settings=None, device="cpu", flags=""):
-        self.name, self.device, self.weights = name, torch.device(device), ""
+        self.name, self.device, self.weights, self.with_head = name, torch.device(device), "", ""
         if weights and not os.path.isfile(weights):
             raise data.UserError(f"--{flags}weights {weights}: no such file")
         for given, flag, useless in ((weights, "weights", ("pixels",)),
@@ -255,6 +256,7 @@ class Space:
         ours = {key: settings.pop(key) for key in ("mean", "std") if key in settings}
         overlay = {"file": weights, "custom_load": weights.endswith(".npz")} if weights else {}
         net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **settings)
+        self.with_head = data.weights_hash(net)
         net.reset_classifier(0)                            # only now: the load was strict
         net = net.eval().requires_grad_(False)
         config = timm.data.resolve_model_data_config(net) | ours

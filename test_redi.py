@@ -2859,8 +2859,8 @@ def test_flop_are_the_published_ones():
 def test_speed_counts_images_of_its_own_steps(tmp_path, monkeypatch, capsys):
     rows = tmp_path / "rows.jsonl"
     monkeypatch.setattr(bench, "random_data", functools.partial(bench.random_data, n=8))
-    main(bench, "speed --models SiT-T/2 --batch_size 2 --steps 2 --rounds 2 --calls 2 "
-                f"--rows {rows}")
+    command = f"speed --models SiT-T/2 --batch_size 2 --steps 2 --rounds 2 --calls 2 --rows {rows}"
+    main(bench, command)
     none, merged, separate = (json.loads(line) for line in rows.read_text().splitlines())
     assert none["ratio"] == 1 and separate["ratio"] < none["ratio"] and separate["mfu_percent"] > 0
     for row in (none, merged, separate):
@@ -2868,7 +2868,13 @@ def test_speed_counts_images_of_its_own_steps(tmp_path, monkeypatch, capsys):
         assert row["mfu_percent"] == pytest.approx(
             300 * flop * row["images_per_s"] / row["peak_flop_per_s"])
         assert row["least"] <= row["images_per_s"] <= row["most"]
-    assert "| SiT-T/2 separate | " in capsys.readouterr().out
+        assert row["sampling_least"] <= row["sampling_images_per_s"] <= row["sampling_most"]
+    shown = capsys.readouterr().out
+    assert f"| SiT-T/2 separate | {separate['images_per_s']:.4g} (" in shown
+    monkeypatch.setattr(bench, "speed_of", None)                       # nothing is measured again
+    main(bench, command)
+    assert capsys.readouterr().out == shown
+    assert len(rows.read_text().splitlines()) == 3
 
 
 def test_judged_rows_are_made_once_and_are_the_samplers_own(workdir, tmp_path, capsys, monkeypatch):
@@ -2889,6 +2895,12 @@ def test_judged_rows_are_made_once_and_are_the_samplers_own(workdir, tmp_path, c
     for command in commands:
         main(bench, command)
     assert capsys.readouterr().out == shown and len(bench.rows_of(tmp_path / "rows.jsonl")) == 10
+    checkpoint = torch.load(path)
+    checkpoint["settings"]["p_drop_z"] = 0.0
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(data.UserError, match="--w_r 2 needs a model trained with --p_drop_z > 0"):
+        main(bench, f"guidance --ckpt {tmp_path / 'ckpt.pt'} --n 10 --w_cfg 1 --w_r 2 "
+                    f"--out {tmp_path}")
 
 
 @pytest.fixture
@@ -2921,8 +2933,9 @@ def test_every_row_on_photographs_is_a_job_that_is_made_once(photos, photo_table
     assert photo_table("methods", "--only SiT-none --seeds 0 1") == ["SiT-none-5-1"]
     rows = bench.rows_of(f"{tmp_path}/rows.jsonl")
     assert [(row["run"], row["seed"], row["sampled_with"].get("w_r")) for row in rows] == [
-        ("SiT-none", 0, None), *[(merged, 0, w_r) for w_r in (None, 1.1, 1.5, 2)],
+        ("SiT-none", 0, None), *[(merged, 0, w_r) for w_r in (None, 1.1, 1.5, 2, None)],
         ("SiT-none", 1, None)]
+    assert rows[5]["sampled_with"] == {"z": "real"}
     assert [step for step, _ in rows[3]["curve"]] == [1, 2, 3, 4, 5]
     net, about = sample.load_model(f"{tmp_path}/{merged}-5-0/ckpt.pt")
     x, _ = sample.generate(net, torch.zeros(8, dtype=torch.long), 2, w_r=1.5)
@@ -2934,15 +2947,15 @@ def test_every_row_on_photographs_is_a_job_that_is_made_once(photos, photo_table
                                         reference["sigma"])
         assert reference["n"] == 11
     assert rows[3]["frechet_pixels"] == pytest.approx(expected, rel=1e-5)    # w_r moves it by more
-    assert len({row["frechet_pixels"] for row in rows}) == 6
+    assert len({row["frechet_pixels"] for row in rows}) == 7
     capsys.readouterr()
     assert photo_table("methods", "--only SiT-none --seeds 0 1") == []
     with pytest.raises(data.UserError, match="--only SiT-non: this table has SiT-none, SiT-REPA"):
         photo_table("methods", "--only SiT-non")
-    values = [rows[i]["frechet_pixels"] for i in (0, 5)]
+    values = [rows[i]["frechet_pixels"] for i in (0, 6)]
     spread = f"{np.mean(values):.0f} ± {np.std(values, ddof=1):.0f}"
     assert f"| {spread} |" in capsys.readouterr().out
-    assert len(bench.rows_of(f"{tmp_path}/rows.jsonl")) == 6
+    assert len(bench.rows_of(f"{tmp_path}/rows.jsonl")) == 7
     with pytest.raises(data.UserError, match="was trained with lr 0.0001, and this table's is 0.5"):
         photo_table("methods", "--only SiT-none --lr 0.5")
     with pytest.raises(data.UserError, match="--n 1: a distance needs 2"):
@@ -2950,7 +2963,64 @@ def test_every_row_on_photographs_is_a_job_that_is_made_once(photos, photo_table
     with open(tmp_path / "rows.jsonl", "a") as file:                      # a disk was full
         file.write('{"run": "Si')
     photo_table("methods", "--only SiT-none --n 6")
-    assert [row["n"] for row in bench.rows_of(f"{tmp_path}/rows.jsonl")] == [8] * 6 + [6]
+    assert [row["n"] for row in bench.rows_of(f"{tmp_path}/rows.jsonl")] == [8] * 7 + [6]
+
+
+def test_a_table_goes_on_with_a_run_that_was_killed(photo_table, tmp_path, monkeypatch, one_thread):
+    """To the row of an undisturbed one, and without the steps that it had made."""
+    flags, update, steps = "--only SiT-none", train.Trainer.update, []
+
+    def killed(trainer):
+        if trainer.step == 2:
+            raise KeyboardInterrupt
+        update(trainer)
+
+    monkeypatch.setattr(train.Trainer, "update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        photo_table("methods", flags)
+    assert not (tmp_path / "rows.jsonl").exists()
+    monkeypatch.setattr(train.Trainer, "update", lambda trainer: (
+        steps.append(trainer.step), update(trainer)))
+    assert photo_table("methods", flags) == ["SiT-none-5-0"] and steps == [2, 3, 4]
+    steps.clear()
+    photo_table("methods", f"{flags} --out {tmp_path}/whole")
+    (row,), (whole,) = (bench.rows_of(f"{folder}/rows.jsonl") for folder in (
+        tmp_path, tmp_path / "whole"))
+    assert steps == [0, 1, 2, 3, 4] and row["curve"] == whole["curve"] and len(row["curve"]) == 5
+    assert row["frechet_pixels"] == whole["frechet_pixels"]
+
+
+@pytest.mark.slow
+def test_every_row_of_every_table_on_photographs_can_be_made(photos, photo_table, tmp_path):
+    """REPA's features and two encoders' z among them."""
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    name, _, _ = ENCODER.partition(" ")
+    prepare(photos, once, "--r_keep 16 --keep_features")
+    prepare(photos, twice, f"--r_keep 16 --encoder {name} {name} --encoder_layer 0 last")
+    made = {name: photo_table(name, f"--data {once} {more} --r 2") for name, more in (
+        ("methods", ""), ("unconditional", ""), ("settings", ""), ("guidance", ""),
+        ("features", f"--val_data {once} --two_levels {twice}"))}
+    rows = bench.rows_of(f"{tmp_path}/rows.jsonl")
+    assert all(np.isfinite(row["frechet_pixels"]) for row in rows if "run" in row)
+    assert [len(runs) for runs in made.values()] == [10, 6, 10, 0, 1] and len(rows) == 56
+
+
+def test_real_z_is_noised_with_the_samplers_own_noise(monkeypatch):
+    """And dropped for the branch that representation guidance adds; the last batch is padded."""
+    monkeypatch.setattr(train, "JUDGED_AT_ONCE", 2)
+    for name in ("SiT-T/2", "DiT-T/2"):
+        net, seen = tiny(name), []
+        net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+        z, y = normal(3, 3, 8, 8, seed=9), torch.arange(3)
+        sample.generate(net, y, 4, w_r=2.0, batch_size=2, guide=bench.real_z(z))
+        assert len(seen) == 8
+        for i, (_, z_t, t, labels) in enumerate(seen):
+            rows = [(0, 1), (2, 0)][i // 4]
+            numbers = [(0, 1), (2, 3)][i // 4]
+            assert labels[:2].tolist() == list(rows)
+            _, eps = next(sample.image_noise(net, 0, numbers, torch.device("cpu")))
+            assert torch.equal(z_t[:2], net.process.add_noise(z[list(rows)], eps, t[:2]))
+            assert not z_t[2:].any()
 
 
 def test_tables_train_and_sample_as_their_rows_say(photos, photo_table, tmp_path, monkeypatch):
@@ -3019,6 +3089,17 @@ def test_a_run_that_outlives_its_table_is_not_trained_twice(tmp_path):
     bench.train_to_the_end([sys.executable, "-c", "", str(tmp_path)])
 
 
+def test_a_net_does_not_judge_the_samples_of_its_own_z(photos, prepared, tmp_path):
+    name, _, kwargs = ENCODER.partition(" ")
+    assert fid.Space(name, str(photos / "encoder.safetensors"), data.key_values(
+        kwargs.split()[1:], "")).with_head == prepared.meta["encoders"][0]["weights"]
+    with pytest.raises(data.UserError, match="this network made the z of .*; let another one"):
+        bench.main(bench.parser().parse_args(
+            f"photos methods --data {photos / 'prepared'} --val {photos / 'bad'} --features {name} "
+            f"--weights {photos / 'encoder.safetensors'} --features_kwargs "
+            f"{' '.join(kwargs.split()[1:])} --out {tmp_path}".split()))
+
+
 @pytest.mark.parametrize("table", ["digits", "methods", "unconditional", "settings", "guidance",
                                    "features"])
 def test_runs_of_equal_names_have_equal_settings_and_of_others_others(table):
@@ -3060,6 +3141,22 @@ def test_the_table_of_digits_has_means_and_spreads_of_seeds(workdir, tmp_path, m
         128 / rows[0]["images_per_s"])
 
 
+def test_digits_are_compared_seed_by_seed(tmp_path, monkeypatch, capsys):
+    """The mean of differences is that of the pairs, their spread is not that of the means."""
+    def rows(*distances):
+        return [{"frechet_classifier": distance, "frechet_pixels": 1, "images_per_s": 1,
+                 "hardware": "", "date": ""} for distance in distances]
+
+    table = {("SiT-conditional-none", ("w_r", 1.0)): rows(1, 2),
+             ("SiT-conditional-merged", ("w_r", 1.0)): rows(1.5, 2.7),
+             ("SiT-conditional-merged", ("w_r", 1.5)): rows(1.4, 2.2)}
+    monkeypatch.setattr(bench, "train_and_judge", lambda *args: table)
+    main(bench, f"digits --seeds 0 1 --out {tmp_path}")
+    lines = [line.split(" | ")[1:5] for line in capsys.readouterr().out.splitlines()[2:5]]
+    assert lines == [["1", "1.50 ± 0.71", "", ""], ["1", "2.10 ± 0.85", "+0.60 ± 0.14", ""],
+                     ["1.5", "1.80 ± 0.57", "+0.30 ± 0.14", "-0.30 ± 0.28"]]
+
+
 def test_curves_are_means_of_seeds_over_steps_and_over_seconds(tmp_path, monkeypatch):
     axes = pytest.importorskip("matplotlib.axes").Axes
     rows = [{"run": run, "seed": seed, "made_with": {"batch_size": 64}, "images_per_s": rate,
@@ -3074,6 +3171,19 @@ def test_curves_are_means_of_seeds_over_steps_and_over_seconds(tmp_path, monkeyp
                      ("none", [1, 2], [10, 8]), ("none", [0.5, 1], [10, 8])]
     with pytest.raises(data.UserError, match="has no curves"):
         main(bench, f"curves --rows {tmp_path}/rows --only None")
+    drawn.clear()
+    (tmp_path / "speed").write_text("".join(json.dumps(
+        {"model": "SiT-T/2", "run": run, "images_per_s": rate}) + "\n"
+        for run, rate in (("none", 64), ("merged", 32))))
+    made = [{"fusion": "none", "batch_size": 64}, {"repa": 0.5, "batch_size": 64}]
+    command = f"curves --rows {tmp_path}/rows --speed {tmp_path}/speed --out {tmp_path}/curves.png"
+    (tmp_path / "rows").write_text("".join(json.dumps(row | {"made_with": made[0]}) + "\n"
+                                           for row in rows[2:]))
+    main(bench, command)
+    assert drawn == [("none", [1, 2], [10, 8]), ("none", [1, 2], [10, 8])]
+    (tmp_path / "rows").write_text(json.dumps(rows[0] | {"made_with": made[1]}) + "\n")
+    with pytest.raises(data.UserError, match=r"has no row of SiT-T/2 merged\+REPA"):
+        main(bench, command)
 
 
 def test_generated_features_are_probed_on_real_ones(photos, photo_table, tmp_path, capsys,
@@ -3104,10 +3214,17 @@ def test_generated_features_are_probed_on_real_ones(photos, photo_table, tmp_pat
         photo_table("features")
 
 
-def test_losses_over_time_are_mean_squares_with_and_without_z(workdir, digits, tmp_path, capsys):
+def test_losses_over_time_are_mean_squares_with_and_without_z(workdir, digits, tmp_path, capsys,
+                                                              monkeypatch):
     path = str(workdir / "out/ckpt.pt")
-    main(bench, f"losses --ckpt {path} --n 70 --data {workdir / 'prepared/digits'}")   # 64 and 6
-    header, _, *lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    command = (f"losses --ckpt {path} --n 70 --data {workdir / 'prepared/digits'} "    # 64 and 6
+               f"--rows {tmp_path}/rows")
+    main(bench, command)
+    shown = capsys.readouterr().out
+    monkeypatch.setattr(bench, "losses_over_time", None)                # kept, not computed again
+    main(bench, command)
+    assert capsys.readouterr().out == shown and len(bench.rows_of(tmp_path / "rows")) == 1
+    header, _, *lines = [line.split(" | ") for line in shown.splitlines()]
     assert [line[:2] for line in lines[:3]] == [["| out", name] for name in ("x", "x, z null", "z")]
     net, _ = sample.load_model(path)
     x, z, y, _ = digits.batch(digits.examples(70))
