@@ -99,7 +99,7 @@ def photo_jobs(args):
             for suffix, flags in (("", ()), ("-lam_z-0.25", ("--lam_z=0.25",))):
                 yield job(f"{family}-unconditional-merged{suffix}", family, "merged",
                           "--unconditional", *flags,
-                          hows=[*({"w_r": w_r} for w_r in (1.0, 1.1, 1.5, 2.0)), {"z": "real"}])
+                          hows=[{"w_r": w_r} for w_r in (1.0, 1.1, 1.5, 2.0)])
     elif args.name == "settings":
         yield job("SiT-merged", "SiT", "merged")
         defaults = {"r": args.r, "lam_z": train.DEFAULTS["lam_z"],
@@ -119,6 +119,7 @@ def photo_jobs(args):
     elif args.name == "features":
         hows = [{}, {"z": "real"}]
         yield job("SiT-merged", "SiT", "merged", hows=hows)
+        yield job("SiT-unconditional-merged", "SiT", "merged", "--unconditional", hows=hows)
         if args.two_levels:
             yield job("SiT-merged-two-levels", "SiT", "merged", f"--data={args.two_levels}",
                       hows=hows)
@@ -360,7 +361,7 @@ def digits(args):
     """Train and judge every method on digits, and print the table."""
     rows = train_and_judge(args, digit_jobs(args), [], lambda: fid.Judge("digits"))
     metrics = ("frechet_classifier", "frechet_pixels", "read_as_asked_percent")
-    print("| run | w_r | Fréchet, classifier | less none's of the same seed | less w_r 1's | "
+    print("| run | w_r | Fréchet, classifier | minus none's, same seed | minus w_r 1's | "
           "Fréchet, pixels | read as asked % | training images/s |\n|---" + "|---" * 7 + "|")
     for key, of_seeds in rows.items():
         name, (_, w_r) = key
