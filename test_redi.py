@@ -2165,7 +2165,7 @@ def test_the_sheet_has_each_image_above_its_features():
 
 
 def test_the_versions_of_compare_start_from_the_same_noise():
-    net, y, how = tiny(), torch.arange(3), {"steps": 4, "seed": 1}
+    net, y, how = tiny(), torch.arange(3), {"steps": 4, "seed": 1, "batch_size": 3}
     versions = sample.compare(net, y, 2.0, 1.5, **how)
     assert [name for name, *_ in versions] == ["no guidance", "CFG 2", "RG 1.5", "both"]
     for (_, x, z), (w_cfg, w_r) in zip(versions, ((1, 1), (2, 1), (1, 1.5), (2, 1.5))):
@@ -2190,7 +2190,8 @@ def test_the_pictures_of_the_command_line_name_their_rows(workdir, tmp_path, mon
             assert left[100 * i + 54:100 * i + 98].min() == 255
     bottom = np.asarray(Image.open(tmp_path / "compare.png"))[302:402, -150:]
     x, z = sample.generate(sample.load_model("out/ckpt.pt")[0],
-                           sample.choose_labels("random", 3, 10, 0), 4, w_cfg=2, w_r=1.5)
+                           sample.choose_labels("random", 3, 10, 0), 4, w_cfg=2, w_r=1.5,
+                           batch_size=3)
     alone = sample.sheet(data.to_images(x), z, data.Prepared("prepared/digits", 4).meta["z_std"])
     assert np.abs(bottom - np.asarray(alone).astype(int)[2:, -150:]).max() <= 1
 
@@ -2879,6 +2880,7 @@ def test_speed_counts_images_of_its_own_steps(tmp_path, monkeypatch, capsys):
 
 def test_judged_rows_are_made_once_and_are_the_samplers_own(workdir, tmp_path, capsys, monkeypatch):
     path = workdir / "out/ckpt.pt"
+    monkeypatch.setattr(train, "JUDGED_AT_ONCE", 10)
     commands = [f"few_steps --ckpt {path} --n 10 --calls 2 3 --out {tmp_path}",
                 f"guidance --ckpt {path} --n 10 --w_cfg 1 2 --w_r 1 1.5 --out {tmp_path}"]
     for command in commands:
@@ -2908,6 +2910,7 @@ def photo_table(photos, prepared, tmp_path, monkeypatch):
     """bench.py photos on the photographs with networks of random weights, judged by every 50th
     value of their pixels; it returns the names of the runs that were trained for it."""
     monkeypatch.setattr(fid.Space, "__call__", lambda self, images: (images.flatten(1)[:, ::50],))
+    monkeypatch.setattr(train, "JUDGED_AT_ONCE", 8)
 
     def table(name, flags=""):
         trained = []
@@ -3261,7 +3264,7 @@ def test_sheets_show_checkpoints_from_equal_noise(workdir, tmp_path, capsys):
     assert capsys.readouterr().out == f"{out}: out, out, RG 3, out, out, RG 3\n"
     net, about = sample.load_model(path)
     x, z = zip(*(sample.generate(net, torch.tensor([0, 3, 6]), about["settings"]["sample_steps"],
-                                 seed=5, w_r=w_r) for w_r in (1, 3, 1, 3)))
+                                 seed=5, w_r=w_r, batch_size=3) for w_r in (1, 3, 1, 3)))
     expected = sample.sheet([data.to_images(part) for part in x], list(z), about["meta"]["z_std"],
                             3, ["out", "out, RG 3"] * 2)
     with Image.open(out) as picture:
