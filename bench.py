@@ -73,12 +73,11 @@ def method_of(settings):
 def digit_jobs(args):
     """(name, train.py's flags, what to sample it with) of the runs on digits. A flag may be a
     function that makes it, for when the run is wanted."""
-    methods = {method: method_flags(method) for method in ("none", "REPA", "merged", "separate")}
-    methods["merged-lam_z-0.25"] = [*method_flags("merged"), "--lam_z=0.25"]
     for of, flag in (("unconditional", ["--unconditional"]), ("conditional", [])):
-        for method, flags in methods.items():
-            weights = (1.0,) if method in ("none", "REPA") else (1.0, 1.5)
-            yield (f"{args.family}-{of}-{method}", [f"--model={args.family}-T/2", *flags, *flag],
+        for method in ("none", "REPA", "merged", "separate"):
+            weights = (1.0, 1.5) if method in model.FUSIONS[1:] else (1.0,)
+            yield (f"{args.family}-{of}-{method}",
+                   [f"--model={args.family}-T/2", *method_flags(method), *flag],
                    [{"w_r": w_r} for w_r in weights])
 
 
@@ -368,8 +367,7 @@ def digits(args):
         name, (_, w_r) = key
         cells = [mean_and_spread([row[metric] for row in of_seeds]) if metric in of_seeds[0] else ""
                  for metric in metrics]
-        family_of = "-".join(name.split("-")[:2])
-        others = [(f"{family_of}-none", ("w_r", 1.0)), (name, ("w_r", 1.0))]
+        others = [(f"{name.rpartition('-')[0]}-none", ("w_r", 1.0)), (name, ("w_r", 1.0))]
         cells[1:1] = [mean_and_spread([row[metrics[0]] - of_other[metrics[0]] for row, of_other
                                        in zip(of_seeds, rows[other])], "+")
                       if other in rows and other != key else "" for other in others]

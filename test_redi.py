@@ -3153,9 +3153,9 @@ def test_digits_are_compared_seed_by_seed(tmp_path, monkeypatch, capsys):
         return [{"frechet_classifier": distance, "frechet_pixels": 1, "images_per_s": 1,
                  "hardware": "", "date": ""} for distance in distances]
 
-    merged = "SiT-conditional-merged-lam_z-0.25"
     table = {("SiT-conditional-none", ("w_r", 1.0)): rows(1, 2),
-             (merged, ("w_r", 1.0)): rows(1.5, 2.7), (merged, ("w_r", 1.5)): rows(1.4, 2.2)}
+             ("SiT-conditional-merged", ("w_r", 1.0)): rows(1.5, 2.7),
+             ("SiT-conditional-merged", ("w_r", 1.5)): rows(1.4, 2.2)}
     monkeypatch.setattr(bench, "train_and_judge", lambda *args: table)
     main(bench, f"digits --seeds 0 1 --out {tmp_path}")
     lines = [line.split(" | ")[1:5] for line in capsys.readouterr().out.splitlines()[2:5]]
