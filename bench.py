@@ -61,7 +61,7 @@ METHODS = {name: {"fusion": fusion, "repa": train.REPA_WEIGHT * repa} for name, 
 
 
 def method_flags(method):
-    """train.py's."""
+    """The method's settings as flags of train.py."""
     return [f"--{name}={value}" for name, value in METHODS[method].items()]
 
 
