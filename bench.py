@@ -188,9 +188,19 @@ def training_seconds(out, batch_size):
 
 
 def find_row(path, key):
-    """The row of a .jsonl file that says all that key says, or None."""
-    return next((row for row in rows_of(path) if all(
+    """The last row of a .jsonl file that says all that key says, or None."""
+    return next((row for row in reversed(rows_of(path)) if all(
         name in row and row[name] == value for name, value in key.items())), None)
+
+
+def keep(path, row):
+    """Add a row to a .jsonl file."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with open(path, "ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)                   # tables may be made side by side
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)        # what a full disk left of a row
+        file.write(json.dumps(row).encode() + b"\n")
 
 
 def kept(path, key, make, device="cpu"):
@@ -199,12 +209,7 @@ def kept(path, key, make, device="cpu"):
     if row:
         return row
     row = key | make() | {"hardware": hardware(device), "date": time.strftime("%Y-%m-%d")}
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path, "ab+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)                   # tables may be made side by side
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)        # what a full disk left of a row
-        file.write(json.dumps(row).encode() + b"\n")
+    keep(path, row)
     return row
 
 
@@ -511,12 +516,15 @@ def curves(args):
         made_with = train.DEFAULTS | json.loads(settings)
         rate = statistics.median(row["images_per_s"] for row in of_seeds.values())
         if args.speed:
-            key = {"model": made_with["model"], "run": method_of(made_with)}
-            row = find_row(args.speed, key)
-            if not row:
-                raise data.UserError(f"{args.speed} has no row of {key['model']} {key['run']}: "
-                                     "make it with bench.py speed --rows, or leave out --speed")
-            rate = row["images_per_s"]
+            key = made_with["model"], method_of(made_with), made_with["batch_size"]
+            rates = [row["images_per_s"] for row in rows_of(args.speed)
+                     if (row["model"], row["run"], row["batch_size"]) == key]
+            if len(rates) != 1:
+                raise data.UserError(
+                    f"{args.speed} has {len(rates)} rows of {key[0]} {key[1]} with batches of "
+                    f"{key[2]}, one is needed: make a file with bench.py speed --rows, or leave "
+                    "out --speed")
+            rate, = rates
         style = {"marker": "o", "markersize": 3, "color": f"C{i % 10}", "label": name,
                  "linestyle": "-" if name.startswith("SiT") else "--"}
         panels[0].plot(steps, distances, **style)
@@ -1045,9 +1053,9 @@ def speed(args):
                       "tokens": tokens, "hardware": hardware(args.dev)} | settings for run in runs}
         rows = [find_row(args.rows, key) if args.rows else None for key in keys.values()]
         if not data.share(all(rows)):                    # a ratio is to what ran beside it
-            made = speed_of(args, name, keys, rank, n_processes)
-            rows = [kept(args.rows, key, lambda: made[run], args.dev) if rank == 0 and args.rows
-                    else made[run] for run, key in keys.items()]
+            rows = list(speed_of(args, name, keys, rank, n_processes).values())
+            for row in rows if rank == 0 and args.rows else ():
+                keep(args.rows, row)
         for row in rows:
             trained, sampled = (
                 f"{row[rate]:.4g} ({row[f'{least}least']:.4g} to {row[f'{least}most']:.4g})"
@@ -1057,8 +1065,9 @@ def speed(args):
                 f"{row['ratio']:.3f} | " + (f"{row['memory_gb']:.1f} | " if on_gpu else "")
                 + f"{sampled} |")
         all_rows += rows
-    say(f"\nMFU is of a matrix product's {all_rows[0]['peak_flop_per_s'] / 1e12:.3g} TFLOP/s; "
-        f"{made_on(all_rows)}")
+    peaks = {row["model"]: f"{row['peak_flop_per_s'] / 1e12:.3g}" for row in all_rows}
+    say(f"\nMFU is of a matrix product's TFLOP/s, measured with each model: "
+        f"{', '.join(f'{peak} ({name})' for name, peak in peaks.items())}; {made_on(all_rows)}")
     if n_processes > 1:
         dist.destroy_process_group()
 

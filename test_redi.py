@@ -2875,7 +2875,14 @@ def test_speed_counts_images_of_its_own_steps(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "speed_of", None)                       # nothing is measured again
     main(bench, command)
     assert capsys.readouterr().out == shown
-    assert len(rows.read_text().splitlines()) == 3
+    lines = rows.read_text().splitlines(True)
+    assert len(lines) == 3
+    rows.write_text("".join(lines[:2]))                    # killed: a ratio is to its own round
+    fresh = {row["run"]: row | {"images_per_s": 1} for row in (none, merged, separate)}
+    monkeypatch.setattr(bench, "speed_of", lambda *args: fresh)
+    main(bench, command)
+    assert [row["images_per_s"] for row in bench.rows_of(rows)][2:] == [1, 1, 1]
+    assert capsys.readouterr().out.count(" | 1 (") == 3
 
 
 def test_judged_rows_are_made_once_and_are_the_samplers_own(workdir, tmp_path, capsys, monkeypatch):
@@ -3179,8 +3186,8 @@ def test_curves_are_means_of_seeds_over_steps_and_over_seconds(tmp_path, monkeyp
         main(bench, f"curves --rows {tmp_path}/rows --only None")
     drawn.clear()
     (tmp_path / "speed").write_text("".join(json.dumps(
-        {"model": "SiT-T/2", "run": run, "images_per_s": rate}) + "\n"
-        for run, rate in (("none", 64), ("merged", 32))))
+        {"model": "SiT-T/2", "run": run, "batch_size": batch_size, "images_per_s": rate}) + "\n"
+        for run, batch_size, rate in (("none", 64, 64), ("none", 32, 8), ("merged", 64, 32))))
     made = [{"fusion": "none", "batch_size": 64}, {"repa": 0.5, "batch_size": 64}]
     command = f"curves --rows {tmp_path}/rows --speed {tmp_path}/speed --out {tmp_path}/curves.png"
     (tmp_path / "rows").write_text("".join(json.dumps(row | {"made_with": made[0]}) + "\n"
@@ -3188,7 +3195,7 @@ def test_curves_are_means_of_seeds_over_steps_and_over_seconds(tmp_path, monkeyp
     main(bench, command)
     assert drawn == [("none", [1, 2], [10, 8]), ("none", [1, 2], [10, 8])]
     (tmp_path / "rows").write_text(json.dumps(rows[0] | {"made_with": made[1]}) + "\n")
-    with pytest.raises(data.UserError, match=r"has no row of SiT-T/2 merged\+REPA"):
+    with pytest.raises(data.UserError, match=r"has 0 rows of SiT-T/2 merged\+REPA with"):
         main(bench, command)
 
 
