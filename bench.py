@@ -1027,6 +1027,8 @@ def speed(args):
     rank, n_processes = data.rank_and_count()
     if args.official and (n_processes > 1 or args.data):
         raise data.UserError("--official is for one process, without --data; leave it out")
+    for name in args.models if args.calls else ():
+        sample.check_solver(name, None, args.calls, "--calls")
     args.dev = data.begin(args, n_processes, "nccl")
     on_gpu = args.dev.type == "cuda"
 

@@ -2883,6 +2883,8 @@ def test_speed_counts_images_of_its_own_steps(tmp_path, monkeypatch, capsys):
     main(bench, command)
     assert [row["images_per_s"] for row in bench.rows_of(rows)][2:] == [1, 1, 1]
     assert capsys.readouterr().out.count(" | 1 (") == 3
+    with pytest.raises(data.UserError, match="--calls 1: the solver sde takes at least 2"):
+        main(bench, "speed --models SiT-T/2 --calls 1")
 
 
 def test_judged_rows_are_made_once_and_are_the_samplers_own(workdir, tmp_path, capsys, monkeypatch):
