@@ -1,28 +1,31 @@
-"""The evidence, one section per file: model, data, pca, train, sample, fid, command lines.
+"""The evidence, one section per file: run, model, pca, pretrained, data, train, sample, fid, bench.
 
     pytest                                   # CPU, no network
     python test_redi.py ReDi DiT TF          # records the peers' numbers anew, from two clones and
                                              # the folder where torch-fidelity is installed
 """
 import argparse
+import ast
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
-import resource
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import tracemalloc
+import types
 import zlib
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""                                 # the claims are for the CPU
@@ -40,17 +43,28 @@ import data
 import fid
 import model
 import pca
+import pretrained
+import run
 import sample
 import train
+from run import UserError
 
 HERE = pathlib.Path(__file__).parent
-ALL = slice(None)
-train.N_JUDGED = train.JUDGED_AT_ONCE = 25                              # seldom looked at here
+SHARED = HERE.parent / "shared/data"
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"no real images in {SHARED}")
 DOUBLE = torch.float64
+# starts autograd's threads before an imagined GPU gets one, which no fork would survive
+torch.ones(1, requires_grad=True).sum().backward()
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def named_weights(name, shape):
+    """Random weights that depend on their name alone, so that peers can be given the same."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return 0.15 * torch.randn(shape, generator=generator)                # GELU bends
 
 
 def tiny(name="SiT-T/2", fusion="merged", r=3, n_classes=10, x_channels=2, x_size=8, seed=0):
@@ -64,10 +78,119 @@ def tiny(name="SiT-T/2", fusion="merged", r=3, n_classes=10, x_channels=2, x_siz
 def inputs(net, B=4, seed=0):
     """x_t, z_t, t, y for net."""
     size = (net.x_size, net.x_size)
-    t = net.process.draw_t(torch.linspace(0.1, 0.9, B))
+    t = net.diffusion.t_from_uniform(torch.linspace(0.1, 0.9, B))
     z_t = normal(B, net.r, *size, seed=seed + 1) if net.r else None
     y = torch.arange(B) % (net.n_classes or 1)
     return normal(B, net.x_channels, *size, seed=seed), z_t, t, y
+
+
+def main(module, flags):
+    """A script's command line in this process: quicker by torch's import."""
+    module.main(module.parser().parse_args(flags.split()))
+
+
+def refused(module, flags, words, capsys=None):
+    """The script ends with one line that says so: a UserError, or argparse's, with code 2."""
+    with pytest.raises((UserError, SystemExit)) as error:
+        main(module, flags)
+    said = str(error.value)
+    if isinstance(error.value, SystemExit):
+        assert error.value.code == 2
+        said = capsys.readouterr().err
+    assert "\n" not in said.strip(), said
+    assert re.search(words, said), f"{words!r} is not in: {said}"
+
+
+def start(command, folder, ok=True, threads=1):
+    """The command as a user types it in `folder`; its stdout, or if not ok its stderr."""
+    script, *flags = command.split()
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    result = subprocess.run([sys.executable, str(HERE / script), *flags], cwd=folder, env=env,
+                            capture_output=True, text=True, timeout=1200)
+    assert (result.returncode == 0) == ok, result.stdout + result.stderr
+    return result.stdout if ok else result.stderr
+
+
+# run.py
+
+def test_generators_of_different_purposes_are_apart():
+    keys = [(0, "a", 0), (0, "a", 1), (0, "b", 0), (1, "a", 0)]
+    draws = [torch.rand(3, generator=run.generator(*key)).tolist() for key in keys]
+    assert len({tuple(draw) for draw in draws}) == 4
+    assert draws[1] == torch.rand(3, generator=run.generator(*keys[1])).tolist()
+
+
+def test_batches_are_read_ahead_in_order():
+    made = []
+    taken = run.prefetch(lambda step: made.append(step) or step, range(3, 9), ahead=2)
+    assert [next(taken), next(taken)] == [3, 4]
+    time.sleep(0.2)
+    assert sorted(made) == [3, 4, 5, 6] and list(taken) == [5, 6, 7, 8]
+
+
+def test_a_file_is_whole_whoever_writes_it_and_whatever_fails(tmp_path):
+    """Two writers at once and a reader; then a writer that is interrupted."""
+    path, contents, seen = tmp_path / "file", [b"a" * 300_000, b"b" * 300_000], set()
+
+    def often(content):
+        for _ in range(60):
+            if content:
+                run.write_whole(path, lambda file: file.writelines([content[:9], content[9:]]))
+            elif path.exists():
+                seen.add(path.read_bytes())
+
+    def half(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    list(run.prefetch(often, [*contents, None]))
+    with pytest.raises(KeyboardInterrupt):
+        run.write_whole(path, half)
+    assert seen | {path.read_bytes()} <= set(contents) and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_has_one_writer_and_a_mistake_leaves_none(tmp_path):
+    (tmp_path / "half.part").touch()                       # of one that was killed
+    with run.locked(tmp_path):
+        assert os.listdir(tmp_path) == [".lock"]
+        with pytest.raises(UserError, match=f"another command is writing to {tmp_path}"), \
+                run.locked(tmp_path, seconds=0.1):
+            pass
+    with pytest.raises(UserError), run.locked(tmp_path / "new"):
+        raise UserError("a mistake")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("error, blamed, said", [
+    (OSError("no\nnet"), r"--vae x \(no net\); try y", "error: no net; .*same command continues"),
+    (UserError("--r 1"), "--r 1", "error: --r 1"), (MemoryError(), "", "error: out of memory"),
+    (torch.OutOfMemoryError("GPU 0"), "GPU 0", r"error: out of memory \(GPU 0\); .*--batch_size"),
+    (RuntimeError("can't allocate memory"), "can't", "error: out of memory"),
+    (KeyboardInterrupt(), "", "interrupted; the same command continues")])
+def test_what_stops_a_command_is_one_line_and_memory_is_no_flags_fault(error, blamed, said):
+    def stop(_):
+        raise error
+
+    with pytest.raises(SystemExit, match=f"^{said}") as stopped:
+        run.run_cli(stop, None)
+    assert "\n" not in str(stopped.value)
+    with pytest.raises(UserError if "--vae" in blamed else type(error), match=f"^{blamed}"), \
+            run.blamed_on("--vae x", "try y"):
+        raise error
+
+
+@pytest.mark.parametrize("module, good, short", [
+    (train, "--steps 1", "--step 1"), (sample, "--steps 1", "--step 1"), (data, "", "--siz 8"),
+    (fid, "a b --no-labels", "--no-label"), (pca, "a", "--from_off x")])
+def test_flags_are_strict_and_none_is_torchruns(module, good, short):
+    """torchrun takes what begins one of its own flags, even behind the script's name."""
+    parser, torchruns = module.parser(), torch.distributed.run.get_args_parser()
+    parser.parse_args(good.split())
+    with pytest.raises(SystemExit):
+        parser.parse_args([*good.split(), *short.split()])
+    for flag in {name for action in parser._actions[1:] for name in action.option_strings}:
+        taken = torchruns.parse_args(["script.py", flag, "1"])
+        assert [taken.training_script, *taken.training_script_args] == ["script.py", flag, "1"]
 
 
 # model.py
@@ -85,8 +208,7 @@ def test_names_are_parsed_strictly():
 def test_parameter_counts_are_the_published_ones_and_a_bias(size, published):
     with torch.device("meta"):
         net = model.build(f"SiT-{size}/2", fusion="merged", r=8)
-    width = model.SIZES[size][1]
-    assert sum(p.numel() for p in net.parameters()) == published + width
+    assert sum(p.numel() for p in net.parameters()) == published + model.SIZES[size][1]
 
 
 @pytest.mark.parametrize("name", ["SiT-T/2", "DiT-T/2"])
@@ -104,10 +226,10 @@ def test_every_block_is_the_identity_and_the_output_zero_at_initialisation(name,
 
 @pytest.mark.parametrize("fusion, tokens", [("none", 16), ("merged", 16), ("separate", 32)])
 def test_merged_costs_no_extra_tokens_and_separate_twice(fusion, tokens):
-    net, seen = tiny(fusion=fusion), []
-    net.blocks[0].register_forward_hook(lambda block, args, h: seen.append(h.shape[1]))
+    net, lengths = tiny(fusion=fusion), []
+    net.blocks[0].register_forward_hook(lambda block, args, h: lengths.append(h.shape[1]))
     net(*inputs(net))
-    assert seen == [tokens]
+    assert lengths == [tokens]
 
 
 @pytest.mark.parametrize("fusion", ["merged", "separate"])
@@ -119,17 +241,18 @@ def test_each_modality_reaches_both_predictions(fusion):
         assert all((a - b).abs().max() > 1e-3 for a, b in zip(plain, other))
 
 
-def test_a_token_is_a_patch_of_x_and_of_z_in_its_place():
+@pytest.mark.parametrize("fusion", ["merged", "separate"])
+def test_a_token_is_a_patch_in_its_place_of_x_and_z_or_of_one(fusion):
     """Without attention's mixing a change of one patch changes the prediction there only."""
-    net = tiny("SiT-T/4")
+    net = tiny("SiT-T/4", fusion)
     for block in net.blocks:
         block.attn.proj.weight.zero_()
     x_t, z_t, t, y = inputs(net)
     z_2 = z_t.clone()
     z_2[:, :, 4:, :4] += 1
-    for a, b in zip(net(x_t, z_t, t, y), net(x_t, z_2, t, y)):
+    for a, b, reached in zip(net(x_t, z_t, t, y), net(x_t, z_2, t, y), (fusion == "merged", True)):
         changed = (a != b).any(0).any(0)
-        assert changed[4:, :4].all() and changed.sum() == 16
+        assert changed[4:, :4].all() == reached and changed.sum() == 16 * reached
 
 
 def test_unconditional_nets_have_one_label_and_fusion_none_no_z():
@@ -139,6 +262,38 @@ def test_unconditional_nets_have_one_label_and_fusion_none_no_z():
     assert pred_x.shape == (2, 2, 8, 8) and pred_z is None
 
 
+class NoDoubles(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails where a float64 tensor is made on a device: Apple's have none."""
+    def __torch_dispatch__(self, function, classes, args=(), options=None):
+        result = function(*args, **options or {})
+        for part in torch.utils._pytree.tree_leaves(result):
+            is_double = isinstance(part, torch.Tensor) and part.dtype == DOUBLE
+            assert not is_double or part.device.type == "cpu", function
+        return result
+
+
+@contextlib.contextmanager
+def imagined_gpu():
+    """Operations compute shapes, types and devices alone; tensors of two devices do not mix."""
+    with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), NoDoubles():
+        yield
+
+
+@pytest.mark.parametrize("name", ["SiT-T/2", "DiT-T/2"])
+@pytest.mark.parametrize("fusion", model.FUSIONS)
+def test_network_and_loss_stay_on_their_device_without_float64(name, fusion):
+    net = model.build(name, fusion, 3, 10, 2, 8)
+    with imagined_gpu():
+        net.to("cuda")
+        x, z, t, y = (part if part is None else part.to("cuda") for part in inputs(net))
+        pred_x, pred_z = net(x, z, t, y)
+        noisy = net.diffusion.add_noise(x, torch.randn_like(x), t)
+        loss = net.diffusion.loss(pred_x, x, noisy, t) + net.diffusion.normalised_time(t)
+        assert loss.device == model.drop_z(x, y > 3).device == x.device and loss.shape == (4,)
+        with pytest.raises(RuntimeError, match="same device"):
+            net(x, z, t.cpu(), y)
+
+
 def test_flow_target_is_the_derivative_of_the_path():
     flow = model.Flow()
     x, eps = (normal(3, 2, 4, 4, seed=seed, dtype=DOUBLE) for seed in range(2))
@@ -146,28 +301,26 @@ def test_flow_target_is_the_derivative_of_the_path():
     derivative = (flow.add_noise(x, eps, t + h) - flow.add_noise(x, eps, t - h)) / (2 * h)
     assert flow.loss(derivative, x, eps, t).max() < 1e-18
     assert flow.loss(derivative + 2, x, eps, t).allclose(torch.full((3,), 4.0, dtype=DOUBLE))
-    one, zero = torch.ones(3, dtype=DOUBLE), torch.zeros(3, dtype=DOUBLE)
-    assert torch.equal(flow.add_noise(x, eps, one), x)
-    assert torch.equal(flow.add_noise(x, eps, zero), eps)
+    for end, expected in ((torch.ones(3), x), (torch.zeros(3), eps)):
+        assert torch.equal(flow.add_noise(x, eps, end), expected)
 
 
-@pytest.mark.parametrize("process, t", [(model.Flow(), 0.3), (model.DDPM(), 300)])
-def test_x_hat_and_score_follow_from_the_true_prediction(process, t):
+@pytest.mark.parametrize("diffusion, t", [(model.Flow(), 0.3), (model.DDPM(), 300)])
+def test_denoised_and_score_follow_from_the_true_prediction(diffusion, t):
     x, eps = normal(2, 3, 4, 4, dtype=DOUBLE), normal(2, 3, 4, 4, seed=1, dtype=DOUBLE)
-    x_t = process.add_noise(x, eps, torch.full((2,), t))
-    pred = x - eps if process.outputs == 1 else torch.cat([eps, eps], 1)
-    sigma = 1 - t if process.outputs == 1 else process.sigma[t]
-    assert process.x_hat(pred, x_t, t).allclose(x, atol=1e-6)
-    assert process.score(pred, x_t, t).allclose(-eps / sigma, atol=1e-6)
+    x_t = diffusion.add_noise(x, eps, torch.full((2,), t))
+    pred = x - eps if diffusion.outputs == 1 else torch.cat([eps, eps], 1)
+    assert diffusion.denoised(pred, x_t, t).allclose(x, atol=1e-6)
+    if diffusion.outputs == 1:
+        assert diffusion.score(pred, x_t, t).allclose(-eps / (1 - t), atol=1e-6)
 
 
 def test_ddpm_has_the_published_schedule():
-    beta = np.linspace(1e-4, 0.02, 1000)
-    ddpm = model.DDPM()
-    assert np.allclose(ddpm.alpha.numpy() ** 2, np.cumprod(1 - beta), rtol=1e-12)
-    assert np.allclose(ddpm.beta.numpy(), beta, rtol=1e-9)
-    assert ddpm.data_time(torch.tensor([0, 999])).tolist() == [1, 0]
-    assert model.DDPM().draw_t(torch.tensor([0, 0.9999999])).tolist() == [0, 999]
+    beta, ddpm = np.linspace(1e-4, 0.02, 1000), model.DDPM()
+    assert np.allclose(ddpm.alpha ** 2, np.cumprod(1 - beta), rtol=1e-12)
+    assert np.allclose(ddpm.beta, beta, rtol=1e-9)
+    assert ddpm.normalised_time(torch.tensor([0, 999])).tolist() == [1, 0]
+    assert ddpm.t_from_uniform(torch.tensor([0, 0.9999999])).tolist() == [0, 999]
 
 
 def test_vlb_is_the_kl_of_torch_distributions():
@@ -184,14 +337,14 @@ def test_vlb_is_the_kl_of_torch_distributions():
     tilde[0] = tilde[1]
     b, a, p, v = (table[t].view(-1, 1, 1, 1) for table in (beta, bar, before, tilde))
     x_t = a.sqrt() * x + (1 - a).sqrt() * eps
-    x_hat = (x_t - (1 - a).sqrt() * pred_eps) / a.sqrt()
+    denoised = (x_t - (1 - a).sqrt() * pred_eps) / a.sqrt()
 
     def posterior(x):
         return (p.sqrt() * b * x + (1 - b).sqrt() * (1 - p) * x_t) / (1 - a)
 
     std = torch.exp(0.5 * ((out + 1) / 2 * b.log() + (1 - out) / 2 * v.log()))
     true, ours = (torch.distributions.Normal(m, s) for m, s in ((posterior(x), v.sqrt()),
-                                                                 (posterior(x_hat), std)))
+                                                                 (posterior(denoised), std)))
     kl = torch.distributions.kl_divergence(true, ours).mean((1, 2, 3)) / np.log(2)
     lower = torch.where(x > 0.999, 1 - ours.cdf(x - 1 / 255), -ours.cdf(x - 1 / 255))
     bins = torch.where(x > 0.999, 0, ours.cdf(x + 1 / 255)) + torch.where(x < -0.999, 0, lower)
@@ -211,10 +364,111 @@ def test_the_bound_trains_the_variance_alone():
     assert (pred.grad[:, 1:] != 0).all()
 
 
-def named_weights(name, shape):
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    return 0.15 * torch.randn(shape, generator=generator)                # GELU bends
+# pca.py
 
+@pytest.fixture
+def features():
+    """(500, 6) with correlated channels of very different mean and scale."""
+    f = normal(500, 6, dtype=DOUBLE) @ normal(6, 6, seed=1, dtype=DOUBLE)
+    return (f * torch.tensor([1, 10, 0.1, 1, 5, 1]) + torch.arange(6) * 20).numpy()
+
+
+def test_moments_do_not_depend_on_batching(features):
+    whole, parts = pca.Moments(6).update(features), pca.Moments(6)
+    for part in np.split(features.astype(np.float32), [1, 7, 300]):
+        other = pca.Moments(6).update(part)
+        parts.merge(other.n, other.sum, other.outer)
+    assert np.allclose(whole.mean, features.mean(0)) and np.allclose(whole.cov, np.cov(features.T))
+    assert np.allclose(parts.cov, whole.cov, rtol=1e-4) and whole.n == parts.n == 500
+    with pytest.raises(ValueError, match="NaN"):
+        whole.update(np.full((1, 6), np.nan))
+    with pytest.raises(ValueError, match="2 rows"):
+        pca.Moments(6).update(features[:1]).cov
+
+
+def test_pca_equals_scikit_learns(features):
+    from sklearn.decomposition import PCA
+    from sklearn.preprocessing import StandardScaler
+    standard = StandardScaler().fit_transform(features)
+    theirs = PCA(4).fit(standard)
+    ours = pca.fit(pca.Moments(6).update(features), 4)
+    assert np.allclose(ours.components, theirs.components_, atol=1e-8)
+    assert np.allclose(ours.variance, theirs.explained_variance_, rtol=1e-8)
+    assert np.allclose(ours.variance / ours.total_variance, theirs.explained_variance_ratio_)
+    assert np.allclose(ours.project(features), theirs.transform(standard), atol=1e-8)
+    assert np.allclose(ours.project(features).std(0, ddof=1), ours.z_std)
+    in_float32 = ours.to("cpu").project(torch.from_numpy(features).float())
+    assert in_float32.double().numpy() == pytest.approx(ours.project(features), abs=1e-3)
+
+
+def test_back_projection_undoes_projection(features):
+    full = pca.fit(pca.Moments(6).update(features), 6, scale=1.7)
+    assert np.allclose(full.back_project(full.project(features)), features)
+    assert np.allclose(full.first(2).project(features), full.project(features)[:, :2])
+    plain = full.with_scale(1)
+    assert np.allclose(full.project(features), 1.7 * plain.project(features))
+    least = plain.back_project(plain.project(features, 2))               # optimal of rank 2
+    lost = ((least - features) / plain.std).var(0, ddof=1).sum()
+    assert np.allclose(lost, plain.variance[2:].sum())
+
+
+def test_a_constant_channel_gives_no_nan(features):
+    features[:, 2] = 1000 / 3                                            # sums of it are inexact
+    moments = pca.Moments(6).update(features)
+    fitted = pca.fit(moments, 3)
+    assert moments.cov[2, 2] != 0 and np.isfinite(fitted.project(features)).all()
+    assert fitted.components[:, 2] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_file_holds_everything_without_pickle(features, tmp_path):
+    fitted = pca.fit(pca.Moments(6).update(features), 3, 0.5, "some encoder", "its hash")
+    fitted.save(tmp_path / "pca.npz")
+    loaded = pca.load(tmp_path / "pca.npz")
+    assert all(np.array_equal(getattr(loaded, name), value) for name, value in vars(fitted).items())
+    assert (loaded.n, loaded.scale, loaded.encoder, loaded.weights) == (
+        500, 0.5, "some encoder", "its hash")
+    (tmp_path / "half.npz").write_bytes((tmp_path / "pca.npz").read_bytes()[:300])
+    refused(pca, f"{tmp_path}/half.npz", "half.npz is not a PCA file")
+    np.savez(tmp_path / "code.npz", **vars(fitted) | {"mean": np.array([print])})
+    refused(pca, f"{tmp_path}/code.npz", "code.npz is not a PCA file")
+    refused(pca, f"{tmp_path}/none.npz", "no PCA file at")
+
+
+def test_the_authors_file_is_converted_without_running_it(features, tmp_path):
+    """A file made as theirs is, by torch.save of a fitted scikit-learn PCA, projects as theirs."""
+    from sklearn.decomposition import PCA
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    mean, std = features.mean(0) + 0.1, features.std(0) * 0.9            # theirs are off, too
+    theirs = PCA().fit((features - mean) / std)
+    stats = {"pca_model": theirs, "mean": mean.astype(np.float32), "std": std.astype(np.float32)}
+    torch.save(stats, tmp_path / "official.pth")
+    ours = pca.from_official(tmp_path / "official.pth")
+    expected = theirs.transform((features - stats["mean"]) / stats["std"])
+    assert np.allclose(ours.project(features), expected, atol=1e-5)
+    assert np.allclose(ours.z_std, expected.std(0, ddof=1)) and ours.n == 500
+    assert ours.encoder == pca.DINOV2 and ours.scale == 1
+    for wrong, words in (({"std": 0 * std}, "its arrays do not fit"),
+                         ({"mean": Evil()}, "mkdir, which is not admitted")):
+        torch.save(stats | wrong, tmp_path / "official.pth")
+        refused(pca, f"--from_official {tmp_path}/official.pth", words)
+    assert not (tmp_path / "evil").exists()
+
+
+@needs_shared
+def test_the_authors_own_file_has_the_published_spectrum(tmp_path, capsys):
+    main(pca, f"--from_official {SHARED}/dino_pca_model.pth --out {tmp_path}/pca.npz --pca_scale 2")
+    assert "8 of 768 components" in capsys.readouterr().out
+    ours = pca.load(tmp_path / "pca.npz")
+    published = [5.77, 4.90, 4.79, 4.20, 4.01, 3.77, 3.68, 3.56]         # std of components 1 to 8
+    assert ours.z_std[:8] == pytest.approx(2 * np.array(published), abs=0.012)
+    assert ours.n == 309_248 * 256 and ours.total_variance == pytest.approx(990, abs=1)
+
+
+# pretrained.py
 
 PEERS = {  # every 101st output value of the official class: x's channels, then z's
     ("SiT", "none"): [-3.4723, -6.2168, 3.0955, 5.5687, -6.7286, 4.9432],
@@ -246,57 +500,17 @@ def record_peers(redi_folder, dit_folder):
         spec = importlib.util.spec_from_file_location(family, f"{folder}/models.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        channels = 4 if fusion == "none" else 7
-        options = {"learn_sigma": False} if family == "SiT" else {}
+        channels, options = 4 if fusion == "none" else 7, {"learn_sigma": family == "DiT"}
         net = getattr(module, family)(in_channels=channels, **PEER_CASES, **options).eval()
         for name, p in net.named_parameters():
             if p.requires_grad:
                 p.data = named_weights(name, p.shape)
         x_t, z_t, t, y = peer_inputs(family)
         with torch.no_grad():
-            pred = net(x_t if fusion == "none" else torch.cat([x_t, z_t], 1), t, y)
+            pred = net(torch.cat([x_t, z_t], 1)[:, :channels], t, y)
         pred = pred.view(2, -1, channels, 8, 8)                    # (B, predictions or variances,)
-        pred_x, pred_z = pred[:, :, :4].flatten(1, 2), pred[:, :, 4:].flatten(1, 2)
-        values = thinned(pred_x, None if fusion == "none" else pred_z)
+        values = thinned(pred[:, :, :4].flatten(1, 2), pred[:, :, 4:].flatten(1, 2))
         print(f"    {(family, fusion)}: {[round(value, 4) for value in values]},")
-
-
-# the same of 8 steps of the authors' SDE sampler: x and z from sde_noise(), SiT with features
-SDE_PEERS = {
-    "w_cfg": [-3.3404, 9.8652, 0.2055, 6.4317, -3.296, -3.4396, -7.5711, 8.0689, 6.3333, 7.7033],
-    "w_cfg both": [-3.4856, 10.3463, 0.2066, 6.8752, -2.9159, -3.2351, -8.7725, 8.5578, 6.603,
-                   9.0966],
-    "w_r both": [-4.2048, 9.1862, -1.3741, 5.1272, -5.256, -2.7983, -7.9823, 8.8805, 6.7101,
-                 8.3147],
-}
-
-
-def sde_noise(n=8):
-    return [normal(2, 7, 8, 8, seed=100 + i) for i in range(n)]
-
-
-def record_sde_peers(redi_folder):
-    """Print SDE_PEERS from zelaki/ReDi 58c65a8: the sampler of its sample_ddp.py, 7 steps to 0.96
-    and one of 0.04, with CFG of x alone, CFG of all and representation guidance."""
-    bench.import_theirs(redi_folder)
-    from models import SiT
-    from transport import Sampler, create_transport
-    net = SiT(in_channels=7, learn_sigma=True, **PEER_CASES).eval()
-    net.load_state_dict(published("SiT", 3, learn_sigma=True))
-    solve = Sampler(create_transport()).sample_sde(diffusion_form="sigma", num_steps=8)
-    y, null = torch.tensor([3, 9]), torch.tensor([10, 10])
-    for name, function, labels, scale in (
-            ("w_cfg", net.forward_with_cfg_vae, null, {"cfg_scale": 2.4}),
-            ("w_cfg both", net.forward_with_cfg, null, {"cfg_scale": 2.4}),
-            ("w_r both", net.forward_with_rg, y, {"rg_scale": 1.5})):
-        first, *noise = [part.repeat(2, 1, 1, 1) for part in sde_noise()]
-        played, torch_randn = iter(noise), torch.randn
-        torch.randn = lambda *shape, **options: next(played)
-        with torch.no_grad():
-            state = solve(first, function, y=torch.cat([y, labels]), **scale)[-1][:2]
-        torch.randn = torch_randn
-        values = thinned(state[:, :4], state[:, 4:])
-        print(f'    "{name}": {[round(value, 4) for value in values]},')
 
 
 def published(family, r, learn_sigma=False, n_classes=10):
@@ -313,135 +527,243 @@ def published(family, r, learn_sigma=False, n_classes=10):
 
 @pytest.mark.parametrize("family, fusion", PEERS)
 def test_the_network_equals_the_authors(family, fusion):
-    net = model.load_published(published(family, 0 if fusion == "none" else 3), family)
+    net = pretrained.load_published(published(family, 0 if fusion == "none" else 3), family)
     x_t, z_t, t, y = peer_inputs(family)
     with torch.no_grad():
         ours = thinned(*net(x_t, z_t if net.r else None, t, y))
     assert ours == pytest.approx(PEERS[family, fusion], rel=1e-4, abs=1e-4)
 
 
-# data.py
+def test_published_variances_are_left_out_and_what_is_no_net_is_said(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
 
-BRIEF = "train.py --steps 8 --ckpt_every 4 --log_every 2 --sample_steps 4 --batch_size 16"
-
-
-@pytest.fixture(scope="session")
-def workdir(tmp_path_factory):
-    """A folder where `python train.py` has just run, briefly: prepared/digits and out are there."""
-    folder, here, threads = tmp_path_factory.mktemp("work"), os.getcwd(), torch.get_num_threads()
-    os.chdir(folder)
-    data.prepare_digits()
-    torch.set_num_threads(1)                             # sums of other threads are other bits
-    main(train, BRIEF.removeprefix("train.py "))
-    os.chdir(here)
-    torch.set_num_threads(threads)
-    return folder
-
-
-def run(command, folder, ok=True, threads=1):
-    """The command as a user types it in `folder`; its stdout, or if not ok its stderr."""
-    script, *flags = command.split()
-    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    result = subprocess.run([sys.executable, str(HERE / script), *flags], cwd=folder, env=env,
-                            capture_output=True, text=True, timeout=1200)
-    assert (result.returncode == 0) == ok, result.stdout + result.stderr
-    return result.stdout if ok else result.stderr
+    with_sigma = published("SiT", 3, learn_sigma=True)
+    net = pretrained.load_published(with_sigma)
+    assert type(net.diffusion) is model.Flow and net.r == 3
+    rows = with_sigma["final_layer.linear.weight"].view(4, 14, 128)
+    assert torch.equal(net.final_layer.linear.weight.view(4, 4, 128), rows[:, :4])
+    assert torch.equal(net.final_layer.linear_z.weight.view(4, 3, 128), rows[:, 4:7])
+    plain = published("SiT", 0)
+    for weights, name, words in (
+            (plain, None, "look alike"), (plain, "DiT-T/2", "take SiT"), ({"a": 1}, None, "lack"),
+            (plain, "SiT-S/2", "is SiT-T/2"), (Evil(), None, "it holds posix.mkdir"),
+            (plain | {"blocks.4.attn.qkv.weight": 1}, "SiT-T/2", "5 blocks")):
+        torch.save(weights, tmp_path / "weights.pt")
+        with pytest.raises(UserError, match=words):
+            pretrained.load_model(str(tmp_path / "weights.pt"), name)
+    assert not (tmp_path / "ran").exists()
 
 
-def main(module, flags):
-    """The same without a process of its own: quicker by torch's import."""
-    module.main(module.parser().parse_args(flags.split()))
+@pytest.mark.parametrize("family", ["SiT", "DiT"])
+def test_a_plain_published_net_goes_on_with_redi_unchanged_at_step_0(tmp_path, family):
+    torch.save({"ema": published(family, 0), "opt": 1, "args": argparse.Namespace(lr=1)},
+               tmp_path / "weights.pt")
+    plain, _ = pretrained.load_model(str(tmp_path / "weights.pt"), f"{family}-T/2")
+    net = model.build(f"{family}-T/2", "merged", 3, 10, 4, 8)
+    pretrained.load_pretrained(net, plain)
+    x_t, z_t, t, y = peer_inputs(family)
+    pred_x, pred_z = net(x_t, z_t, t, y)
+    assert torch.equal(pred_x, plain(x_t, None, t, y)[0])
+    assert not pred_z.any() and not net.z_embedder.proj.weight.any()
+    pred_z.sub(1).square().mean().backward()
+    assert net.final_layer.linear_z.bias.grad.any()                     # and it learns
 
 
-@pytest.fixture
-def digits(workdir):
-    return data.Prepared(str(workdir / "prepared/digits"), 4)
+def test_a_start_takes_our_checkpoint_redis_own_and_other_classes(tmp_path):
+    ours, keys = tiny(), {"settings": {}, "meta": {}, "step": 1}
+    torch.save(keys | {"config": ours.config, "ema": ours.state_dict()}, tmp_path / "ckpt.pt")
+    loaded, metadata = pretrained.load_model(str(tmp_path / "ckpt.pt"))
+    assert pretrained.weights_hash(loaded) == pretrained.weights_hash(ours)
+    assert metadata == keys | {"config": ours.config}
+    redi = pretrained.load_published(published("SiT", 3))
+    net = model.build("SiT-T/2", "separate", 3, 7, 4, 16)               # a larger image, too
+    fresh = net.y_embedder.embedding_table.weight.clone()
+    pretrained.load_pretrained(net, redi)
+    table = net.y_embedder.embedding_table.weight
+    assert torch.equal(table, torch.cat([fresh[:-1], redi.y_embedder.embedding_table.weight[-1:]]))
+    assert torch.equal(net.blocks[3].mlp.fc2.weight, redi.blocks[3].mlp.fc2.weight)
+    for args, words in ((("SiT-T/2", "merged", 4, 10, 4, 8), "3 channels of z, this run 4: take"),
+                        (("DiT-T/2", "merged", 3, 10, 4, 8), "DiT cannot become SiT"),
+                        (("SiT-S/2", "merged", 3, 10, 4, 8), "another model than"),
+                        (("SiT-T/2", "merged", 3, 10, 2, 8), "x_embedder.proj.weight is")):
+        with pytest.raises(ValueError, match=words):
+            pretrained.load_pretrained(model.build(*args), redi)
 
 
-def test_held_out_digits_are_in_no_prepared_row(digits):
-    x, y, held_out = data.digits()
-    assert held_out.sum() == 179 and digits.n == 1797 - 179
-    rows_x, _, rows_y, _ = digits.batch(torch.arange(digits.n))
-    assert torch.equal(rows_x, x[~held_out]) and torch.equal(rows_y, y[~held_out])
-    assert -1 == x.min() and x.max() == 1
+def test_the_hub_is_asked_for_the_one_file_of_weights(monkeypatch, tmp_path):
+    """Online; and without internet in its cache, laid out here as the hub's client does."""
+    import huggingface_hub.constants as constants
+    hub, names = sys.modules["huggingface_hub"], ["README.md", "sub/net.pt"]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda self, repository: names[:])
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "hf_hub_download", lambda *args: args)
+        assert pretrained.from_hub("zelaki/SiT-ReDi-XL-2") == ("zelaki/SiT-ReDi-XL-2", "sub/net.pt")
+    names = None                                           # a TypeError: its client raises anything
+    snapshot = tmp_path / "models--someone--net/snapshots" / ("a" * 40)
+    for path, text in ((snapshot / "README.md", ""), (snapshot / "net.safetensors", "weights"),
+                       (tmp_path / "models--someone--net/refs/main", snapshot.name)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert pretrained.from_hub("someone/net") == str(snapshot / "net.safetensors")
+    (snapshot / "net_2.pt").write_text("others")
+    for name, words in (("someone/net", "2 files of weights"),
+                        ("zelaki/SiT-ReDi-XL-2", "no file here.* the hub .*give their path")):
+        with pytest.raises(UserError, match=words):
+            pretrained.load_model(name)
 
 
-def test_z_is_resized_bilinearly_without_aligned_corners(digits):
-    _, z, _, _ = digits.batch(torch.tensor([5, 900]))
-    grid = torch.from_numpy(digits.z[[5, 900]][:, :4].astype(np.float32))
-    assert z.shape == (2, 4, 8, 8)
-    # output pixel i sits at (i + 0.5) / 2 - 0.5 of the 4 x 4 grid: weights 3/4 and 1/4
-    row = 0.75 * grid[:, :, 1] + 0.25 * grid[:, :, 2]
-    assert z[:, :, 3, 3].allclose(0.75 * row[:, :, 1] + 0.25 * row[:, :, 2], atol=1e-5)
-    assert z[:, :, 0, 0].allclose(grid[:, :, 0, 0], atol=1e-5)
-
-
-def test_fewer_channels_of_z_are_its_first(workdir, digits):
-    rows = torch.arange(7)
-    _, z, _, _ = data.Prepared(str(workdir / "prepared/digits"), 2).batch(rows)
-    assert torch.equal(z, digits.batch(rows)[1][:, :2])
-    assert data.Prepared(str(workdir / "prepared/digits"), 0).batch(rows)[1] is None
-
-
-def test_the_encoder_reads_digits_it_never_saw(workdir):
-    x, y, held_out = data.digits()
-    encoder = data.train_digit_encoder(x[~held_out], y[~held_out], epochs=6)
+def test_a_vaes_own_scale_and_shift_are_used_once(photos, tmp_path):
+    import diffusers
+    assert pretrained.VAE(str(photos / "vae")).scale == 1.3              # config.json's
+    diffusers.AutoencoderKL(
+        block_out_channels=[8], norm_num_groups=4, latent_channels=2, scaling_factor=0.5,
+        latents_mean=[1.0, 2.0], latents_std=[4.0, 5.0]).save_pretrained(tmp_path)
+    vae, raw = pretrained.VAE(str(tmp_path)), 1 + normal(3, 2, 8, 8)
+    assert vae.scale == [0.125, 0.1] and vae.shift == [1.0, 2.0]
+    scaled = torch.stack([(raw[:, 0] - 1) * 0.125, (raw[:, 1] - 2) * 0.1], 1)
+    assert pretrained.scaled(raw, vae.scale, vae.shift).allclose(scaled)
     with torch.no_grad():
-        assert (encoder(x[held_out]).argmax(1) == y[held_out]).float().mean() > 0.95
+        assert vae.decode(scaled).allclose(vae.vae.decode(raw).sample, atol=1e-4)
+    assert data.mean_square(raw.numpy(), False, vae.scale, vae.shift) == pytest.approx(
+        scaled.square().mean((0, 2, 3)).numpy(), rel=1e-4)
+    with imagined_gpu():                                   # the scale goes where the latents are
+        vae.vae.to("cuda")
+        decoded = vae.decode(pretrained.scaled(raw.to("cuda"), vae.scale, vae.shift))
+        assert decoded.device.type == "cuda" and decoded.shape == (3, 3, 8, 8)
+    pretrained._channels.cache_clear()                     # of imagined tensors
 
 
-def test_every_epoch_visits_every_row_once_in_another_order():
-    n, B = 10, 4
-    stream = torch.cat([data.rows_of_step(0, step, B, n) for step in range(5)])
-    first, second = stream[:n], stream[n:]
-    assert first.sort()[0].tolist() == second.sort()[0].tolist() == list(range(n))
-    assert not torch.equal(first, second)
-    assert torch.equal(torch.cat([data.rows_of_step(0, step, 5, n) for step in range(4)]), stream)
-    assert not torch.equal(data.rows_of_step(1, 0, n, n), first)
+def dino(photos):
+    """The encoder of prepare() for images of 32 pixels."""
+    return pretrained.Encoder(ENCODER.split()[0], 32, None, str(photos / "encoder.safetensors"),
+                              {"depth": 2, "embed_dim": 48, "num_heads": 3})
 
 
-def test_generators_of_different_purposes_are_apart():
-    keys = [(0, "a", 0), (0, "a", 1), (0, "b", 0), (1, "a", 0)]
-    draws = [torch.rand(3, generator=data.generator(*key)).tolist() for key in keys]
-    assert len({tuple(draw) for draw in draws}) == 4
-    assert draws[1] == torch.rand(3, generator=data.generator(*keys[1])).tolist()
+def test_features_are_timms_patch_tokens_on_its_own_normalisation(photos):
+    import timm
+    encoder, images = dino(photos), network_inputs(photos)
+    assert encoder.input_size == 28 and encoder.grid == [2, 2]           # 14 pixels for 16
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (
+        timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD))
+    inputs = torch.nn.functional.interpolate(((images + 1) / 2 - mean) / std, 28, mode="bicubic")
+    net = timm.create_model(ENCODER.split()[0], depth=2, embed_dim=48, num_heads=3, img_size=28,
+                            pretrained=True, num_classes=0, pretrained_cfg_overlay={
+                                "file": str(photos / "encoder.safetensors")}).eval()
+    with torch.no_grad():
+        tokens = net.forward_features(inputs)[:, 5:]              # 1 class token, 4 registers
+    theirs = tokens.transpose(1, 2).reshape(11, 48, 2, 2)
+    assert encoder.features(images).allclose(theirs, atol=1e-4) and theirs.std() > 0.1
 
 
-def test_uint8_rounds_as_adm_does():
-    x = torch.linspace(-1.2, 1.2, 1000)
-    adm = ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)                # guided-diffusion
-    dit = torch.clamp(127.5 * x + 128.0, 0, 255).to(torch.uint8)         # DiT, which we follow
-    assert torch.equal(data.to_uint8(x), dit) and (dit.int() - adm.int()).abs().max() <= 1
-    every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(data.to_uint8(data.from_uint8(every)), every)
+def test_a_convnets_level_is_timms_intermediate_of_its_own_pipeline(tmp_path):
+    import timm
+    torch.manual_seed(0)
+    settings, weights = {"pad_type": "same", "bn_eps": 1e-3}, str(tmp_path / "mobilenet.pth")
+    net, image = timm.create_model("mobilenetv2_050", **settings).eval(), photo(64, 64, 3)
+    torch.save(net.state_dict(), weights)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net) | {
+        "input_size": (3, 64, 64), "crop_pct": 1})
+    with torch.no_grad():
+        theirs = net.forward_intermediates(transform(Image.fromarray(image))[None], indices=[3],
+                                           intermediates_only=True)[0]
+    images = data.from_uint8(torch.from_numpy(image).permute(2, 0, 1)[None])
+    encoder, other = (pretrained.Encoder("mobilenetv2_050", 64, 3, weights, settings | more)
+                      for more in ({}, {"mean": 0.5, "std": 1}))
+    assert theirs.shape == (1, 48, 4, 4) and encoder.grid == [4, 4]
+    assert encoder.features(images).allclose(theirs, atol=1e-4)
+    assert not other.features(images).allclose(theirs, atol=1e-2)
+    assert other.name == "mobilenetv2_050 level 3 bn_eps=0.001 mean=0.5 pad_type=same std=1"
 
 
-@pytest.mark.parametrize("name, spoil, words", [
-    ("x.npy", lambda b: b[:len(b) // 2], "damaged"), ("z.npy", lambda b: b"", "damaged"),
-    ("meta.json", lambda b: b[:50], "damaged"), ("meta.json", lambda b: b"[]", "damaged"),
-    ("meta.json", lambda b: b.replace(b"classes", b"klasses"), "not whole"),
-    ("meta.json", lambda b: b.replace(b'"format": 2', b'"format": 99'), "format 99"),
-    ("meta.json", lambda b: b.replace(b'"n": 1618', b'"n": 1619'), "meta.json says")])
-def test_damaged_prepared_data_is_named(workdir, tmp_path, name, spoil, words):
-    for file in (workdir / "prepared/digits").iterdir():
-        content = file.read_bytes()
-        (tmp_path / file.name).write_bytes(spoil(content) if file.name == name else content)
-    with pytest.raises(data.UserError, match=words) as error:
-        data.Prepared(str(tmp_path), 4)
-    assert "prepare it again" in str(error.value) and "\n" not in str(error.value)
+def test_vaes_and_encoders_compute_in_full_precision_and_leave_the_switches(photos):
+    def switches():
+        return cudnn.enabled, cudnn.allow_tf32, cudnn.deterministic
+
+    cudnn, seen, images = torch.backends.cudnn, [], normal(1, 3, 32, 32)
+    vae, encoder = pretrained.VAE(str(photos / "vae")), dino(photos)
+    for net in (vae.vae.encoder, encoder.net.patch_embed):
+        net.register_forward_pre_hook(lambda *_: seen.append(switches()))
+    with cudnn.flags(enabled=False, allow_tf32=True, deterministic=False):
+        vae.encode(images)
+        encoder.features(images)
+        assert switches() == (False, True, False) and seen == [(True, False, True)] * 2
 
 
-def test_missing_data_and_too_large_r_say_what_to_type(workdir):
-    with pytest.raises(data.UserError, match="python data.py --images"):
-        data.Prepared("nowhere", 4)
-    with pytest.raises(data.UserError, match="lower --r"):
-        data.Prepared(str(workdir / "prepared/digits"), 17)
+def test_weights_that_do_not_fit_are_refused_and_too_little_memory_blames_no_flag(
+        photos, tmp_path, monkeypatch):
+    """Neither timm without a head nor diffusers would say so: the rest would stay random."""
+    import safetensors.torch
+    import timm
+    weights = timm.create_model("mobilenetv2_050").state_dict()
+    del weights["blocks.0.0.conv_dw.weight"]
+    torch.save(weights, tmp_path / "encoder.pth")
+    with pytest.raises(UserError, match="^--encoder mob.*blocks.0.0.conv_dw.weight.*names$"):
+        pretrained.Encoder("mobilenetv2_050", 32, 3, str(tmp_path / "encoder.pth"))
+    path = shutil.copytree(photos / "vae", tmp_path / "vae") / "diffusion_pytorch_model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    del weights["decoder.conv_out.weight"]
+    safetensors.torch.save_file(weights, path, {"format": "pt"})
+    with pytest.raises(UserError, match="lack or do not fit decoder.conv_out.weight"):
+        pretrained.VAE(str(tmp_path / "vae"))
+    monkeypatch.setattr(timm, "create_model", lambda *_, **options: bytearray(1 << 62))
+    with pytest.raises(MemoryError):
+        dino(photos)
 
 
-# data.py: folders of images
+# data.py
 
 ENCODER = "vit_base_patch14_reg4_dinov2 --encoder_kwargs depth=2 embed_dim=48 num_heads=3"
 BAD = ["a/cut.jpg", "b/empty.png", "b/notes.txt"]
+
+
+def in_ranks(work, n_ranks=1):
+    """work() in forked processes that find each other as torchrun's do, one thread each: their exit
+    codes. If one is killed so are the others; if one ends with an error they have ten seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = [forked(work, {"RANK": str(rank), "WORLD_SIZE": str(n_ranks), "MASTER_PORT": str(port),
+                          "MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": str(n_ranks)})
+            for rank in range(n_ranks)]
+    codes, deadline = {}, float("inf")
+    while len(codes) < n_ranks:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in pids:
+            codes[pid] = os.waitstatus_to_exitcode(status)
+            if codes[pid]:
+                deadline = min(deadline, time.monotonic() + 10 * (codes[pid] > 0))
+        for other in set(pids) - set(codes) if time.monotonic() > deadline else ():
+            os.kill(other, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[pid] for pid in pids]
+
+
+def forked(work, environment):
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        torch.set_num_threads(1)                                         # OpenMP survives no fork
+        os.environ |= environment
+        work()
+        os._exit(0)
+    except SystemExit as error:
+        os._exit(error.code if isinstance(error.code, int) else 1)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def torchrun(command):
+    """torchrun with two processes, quicker by its own import of torch: its exit code."""
+    script, *flags = command.split()
+    arguments = ["--standalone", "--nproc_per_node=2", str(HERE / script), *flags]
+    pid = forked(lambda: torch.distributed.run.main(arguments), {"OMP_NUM_THREADS": "1"})
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def photo(width, height, seed):
@@ -459,17 +781,13 @@ def photos(tmp_path_factory):
     import safetensors.torch
     import timm
     folder = tmp_path_factory.mktemp("photos")
-    for i in range(11):
+    for i, mode in enumerate(["RGB"] * 6 + ["L", "P", "RGBA", "1", "CMYK"]):
         path = folder / "photos" / "abc"[i % 3] / f"{i:02d}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray(photo(40 + 9 * i, 100 - 4 * i, i))
-        if i < 6:
-            exif = Image.Exif()
-            exif[0x0112] = 1 + i                                         # orientation
-            image.save(f"{path}.JPEG", exif=exif)
-        else:
-            mode = ["L", "P", "RGBA", "1", "CMYK"][i - 6]
-            image.convert(mode).save(f"{path}.{'tiff' if mode == 'CMYK' else 'png'}")
+        exif = Image.Exif()
+        exif[0x0112] = 1 + i % 6                                         # orientation
+        image = Image.fromarray(photo(40 + 9 * i, 100 - 4 * i, i)).convert(mode)
+        image.save(f"{path}.{'JPEG' if i < 6 else 'png' if i < 10 else 'tiff'}", exif=exif)
     shutil.copytree(folder / "photos", folder / "bad")
     (folder / "bad" / BAD[0]).write_bytes((folder / "bad/a/00.JPEG").read_bytes()[:900])
     (folder / "bad" / BAD[1]).write_bytes(b"")
@@ -487,13 +805,16 @@ def photos(tmp_path_factory):
     return folder
 
 
-def prepare(photos, out, *more, images="photos", kwargs=ENCODER.partition(" ")[2]):
+def preparing(photos, out, *more, images="photos", kwargs=ENCODER.partition(" ")[2]):
+    return (f"--images {photos / images} --out {out} --size 32 --vae {photos / 'vae'} --encoder "
+            f"{ENCODER.split()[0]} {kwargs} --encoder_weights {photos / 'encoder.safetensors'} "
+            f"--r_keep 6 --batch_size 4 --workers 2 --vae_scale 1.5 {' '.join(more)}")
+
+
+def prepare(photos, out, *more, **options):
     """python data.py --images ... in this process, which has torch, timm and diffusers by now."""
-    flags = (f"--images {photos / images} --out {out} --size 32 --vae {photos / 'vae'} --encoder "
-             f"{ENCODER.split()[0]} {kwargs} --encoder_weights {photos / 'encoder.safetensors'} "
-             "--r_keep 6 --batch_size 4 --workers 0 --vae_scale 1.5")
-    data.main(data.parser().parse_args(flags.split() + " ".join(more).split()))
-    return data.Prepared(str(out))
+    main(data, preparing(photos, out, *more, **options))
+    return data.LatentDataset(str(out))
 
 
 @pytest.fixture(scope="session")
@@ -501,837 +822,476 @@ def prepared(photos):
     return prepare(photos, photos / "prepared")
 
 
-def content(folder, pattern="*.np*"):
-    return {path.name: path.read_bytes() for path in pathlib.Path(folder).glob(pattern)}
+def content(folder):
+    """What a prepared folder keeps: bytes by name."""
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in pathlib.Path(folder).rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-def test_images_are_upright_rgb_and_cropped_as_adm_does(photos):
-    upright = Image.open(photos / "photos/c/02.JPEG")                    # turned by 180 degrees
-    turned = data.load_image(photos / "photos/c/02.JPEG", 32)
-    assert upright.getexif()[0x0112] == 3
-    plain = upright.copy()
-    plain.getexif().clear()
-    plain.rotate(180).save(photos / "plain.png")
-    assert np.array_equal(turned, data.load_image(photos / "plain.png", 32))
+def network_inputs(photos):
+    """Every photograph as the networks see it, in the order of the prepared rows."""
+    files, _, _ = data.list_images(str(photos / "photos"))
+    images = np.stack([data.load_image(photos / "photos" / os.fsdecode(file), 32)
+                       for file in files])
+    return data.from_uint8(torch.from_numpy(images).permute(0, 3, 1, 2))
+
+
+def test_imports_go_one_way():
+    """And model.py knows neither files nor the hub, and no file what one system alone has."""
+    order = ["run model", "pca", "pretrained", "data", "sample fid", "train", "bench"]
+    rank = {name: i for i, names in enumerate(order) for name in names.split()}
+    for name in rank:
+        nodes = list(ast.walk(ast.parse((HERE / f"{name}.py").read_text())))
+        imports = {node.module for node in nodes if isinstance(node, ast.ImportFrom)} | {
+            alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        assert all(rank[other] < rank[name] for other in imports & set(rank)), (name, imports)
+        used = imports | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        assert not used & {"fcntl", "O_DSYNC", "posix_fallocate"}, name
+        assert name != "model" or imports == {"math", "numpy", "torch", "torch.nn.functional",
+                                              "torch.utils.checkpoint"}
+
+
+def test_held_out_digits_are_in_no_prepared_row(digits):
+    x, y, held_out = data.digits()
+    assert held_out.sum() == 179 and digits.n == 1797 - 179 and -1 == x.min() and x.max() == 1
+    rows_x, _, rows_y, _ = digits.unpack(digits.read(torch.arange(digits.n)))
+    assert torch.equal(rows_x, x[~held_out]) and torch.equal(rows_y, y[~held_out])
+    encoder = data.train_digit_encoder(x[~held_out], y[~held_out], epochs=4)
+    with torch.no_grad():                                               # it reads what it never saw
+        assert (encoder(x[held_out]).argmax(1) == y[held_out]).float().mean() > 0.95
+
+
+def test_z_is_its_first_channels_resized_bilinearly_without_aligned_corners(digits):
+    rows = torch.tensor([5, 900])
+    stored = digits.read(rows)
+    z, grid = digits.unpack(stored)[1], stored[1].float()
+    assert np.array_equal(grid, digits.open_shard(0)["z"][rows, :4]) and z.shape == (2, 4, 8, 8)
+    # output pixel i sits at (i + 0.5) / 2 - 0.5 of the 4 x 4 grid: weights 3/4 and 1/4
+    row = 0.75 * grid[:, :, 1] + 0.25 * grid[:, :, 2]
+    assert z[:, :, 3, 3].allclose(0.75 * row[:, :, 1] + 0.25 * row[:, :, 2], atol=1e-5)
+    assert z[:, :, 0, 0].allclose(grid[:, :, 0, 0], atol=1e-5)
+    two, none = (data.LatentDataset(digits.folder, r) for r in (2, 0))
+    assert torch.equal(two.read(rows)[1], stored[1][:, :2])
+    assert none.unpack(none.read(rows))[1] is None
+
+
+def test_every_epoch_visits_every_row_once_in_another_order():
+    n, B = 10, 4
+    stream = torch.cat([data.rows_of_step(0, step, B, n) for step in range(5)])
+    first, second = stream[:n], stream[n:]
+    assert first.sort()[0].tolist() == second.sort()[0].tolist() == list(range(n))
+    assert not torch.equal(first, second)
+    assert torch.equal(torch.cat([data.rows_of_step(0, step, 5, n) for step in range(4)]), stream)
+    assert not torch.equal(data.rows_of_step(1, 0, n, n), first)
+
+
+def test_uint8_rounds_as_adm_does():
+    x = torch.linspace(-1.2, 1.2, 1000)
+    adm = ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)                # guided-diffusion
+    dit = torch.clamp(127.5 * x + 128.0, 0, 255).to(torch.uint8)         # DiT, which we follow
+    assert torch.equal(data.to_uint8(x), dit) and (dit.int() - adm.int()).abs().max() <= 1
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(data.to_uint8(data.from_uint8(every)), every)
+
+
+def test_images_are_upright_rgb_and_cropped_as_adm_does(photos, tmp_path):
+    def load(image):
+        Image.fromarray(image).save(tmp_path / "image.png")
+        return data.load_image(tmp_path / "image.png", 32)
+
+    path = photos / "photos/c/02.JPEG"                                   # said to be upside down
+    assert np.array_equal(data.load_image(path, 32), load(np.array(Image.open(path))[::-1, ::-1]))
     # halved by 2 x 2 means while the short side is 2 * size or more, then bicubic, then the middle
     square = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
-    Image.fromarray(square).save(photos / "square.png")
     means = square.reshape(32, 4, 32, 4, 3).mean((1, 3))                 # Pillow rounds four times
-    assert np.abs(data.load_image(photos / "square.png", 32) - means).max() <= 2
+    assert np.abs(load(square) - means).max() <= 2
     wide = photo(90, 32, 1)                                              # nothing to resize
-    Image.fromarray(wide).save(photos / "wide.png")
-    assert np.array_equal(data.load_image(photos / "wide.png", 32), wide[:, 29:61])
+    assert np.array_equal(load(wide), wide[:, 29:61])
     deep = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
-    Image.fromarray(deep).save(photos / "deep.png")                      # 16 bits: not clipped
-    assert np.array_equal(data.load_image(photos / "deep.png", 32)[..., 1], deep >> 8)
-    for path in (photos / "photos").rglob("*.*"):
-        image = data.load_image(path, 16)
-        assert image.shape == (16, 16, 3) and image.dtype == np.uint8
+    assert np.array_equal(load(deep)[..., 1], deep >> 8)                 # 16 bits: not clipped
+    sizes = {data.load_image(path, 16).shape for path in (photos / "photos").rglob("*.*")}
+    assert sizes == {(16, 16, 3)}                                        # of every mode
 
 
-def test_classes_are_sorted_folders_and_flat_folders_have_none(photos, tmp_path):
+def test_classes_are_sorted_folders_and_links_in_a_circle_are_followed_once(photos, tmp_path):
     files, y, classes = data.list_images(str(photos / "photos"))
     assert classes == ["a", "b", "c"] and y.tolist() == [0] * 4 + [1] * 4 + [2] * 3
     assert files.tolist() == sorted(files) and files[0] == b"a/00.JPEG"
     files, y, classes = data.list_images(str(photos / "photos/a"))
     assert classes == [] and y.tolist() == [0] * 4
-    with pytest.raises(data.UserError, match="no files"):
+    with pytest.raises(UserError, match="no files"):
         data.list_images(str(tmp_path))
-    with pytest.raises(data.UserError, match="no folder"):
-        data.list_images(str(tmp_path / "nowhere"))
-    shutil.copytree(photos / "photos", tmp_path / "mixed")
-    (tmp_path / "mixed/README.txt").write_text("not an image, not a class")
-    assert len(data.list_images(str(tmp_path / "mixed"))[0]) == 11
-    shutil.copy(photos / "photos/a/00.JPEG", tmp_path / "mixed")
-    with pytest.raises(data.UserError, match="00.JPEG.*move them"):
-        data.list_images(str(tmp_path / "mixed"))
+    mixed = shutil.copytree(photos / "photos", tmp_path / "mixed")
+    (mixed / "README.txt").write_text("not an image, not a class")
+    for link, target in (("a/self", mixed / "a"), ("d", photos / "photos/b"), ("a/1.png", "none")):
+        (mixed / link).symlink_to(target)
+    files, _, classes = data.list_images(str(mixed))
+    assert len(files) == 11 + 4 + 1 and classes == ["a", "b", "c", "d"]
+    shutil.copy(photos / "photos/a/00.JPEG", mixed)
+    with pytest.raises(UserError, match="00.JPEG.*move them"):
+        data.list_images(str(mixed))
 
 
 def test_x_is_what_diffusers_pipeline_makes(photos, prepared):
-    """Rows of x.npy are mean and std of the posterior of VaeImageProcessor's input, unscaled;
-    batches draw from it anew and scale once."""
+    """Stored are mean and std of the posterior of VaeImageProcessor's input, unscaled; batches
+    draw from it and scale once."""
     import diffusers
     vae = diffusers.AutoencoderKL.from_pretrained(photos / "vae", low_cpu_mem_usage=False)
     image = Image.fromarray(data.load_image(photos / "photos/b/01.JPEG", 32))
     processor = diffusers.image_processor.VaeImageProcessor(vae_scale_factor=4)
     with torch.no_grad():
         posterior = vae.encode(processor.preprocess(image)).latent_dist
-    row = torch.from_numpy(prepared.x[4].astype(np.float32))             # b is rows 4 to 7
-    mean, std = row.chunk(2)
-    assert mean.allclose(posterior.mean[0], atol=2e-3) and std.allclose(posterior.std[0], atol=2e-3)
+    stored = prepared.read([4])                                          # b is rows 4 to 7
+    mean, std = stored[0].float().chunk(2, 1)
+    assert mean.allclose(posterior.mean, atol=2e-3) and std.allclose(posterior.std, atol=2e-3)
     assert prepared.meta["scale"] == 1.5 and prepared.meta["settings"]["vae_scale"] == 1.5
     eps = normal(1, 4, 8, 8)
-    x, _, y, _ = prepared.batch(torch.tensor([4]), eps=eps)
+    x, _, y, _ = prepared.unpack(stored, eps)
     assert x.allclose(1.5 * (mean + std * eps), atol=1e-5) and y.item() == 1
-    assert prepared.batch(torch.tensor([4]))[0].allclose(1.5 * mean, atol=1e-5)
+    assert prepared.unpack(stored)[0].allclose(1.5 * mean, atol=1e-5)
     with torch.no_grad():
         decoded = vae.decode(x / 1.5).sample
     theirs = processor.postprocess(decoded, output_type="np") * 255
     assert np.abs(data.decode(x, prepared.meta) - theirs).max() <= 1.01
-
-
-def test_a_codecs_own_scale_and_shift_are_used_once(photos):
-    import diffusers
-    assert data.Codec(str(photos / "vae")).scale == 1.3                  # config.json's
-    diffusers.AutoencoderKL(
-        block_out_channels=[8], norm_num_groups=4, latent_channels=2, scaling_factor=0.5,
-        latents_mean=[1.0, 2.0], latents_std=[4.0, 5.0]).save_pretrained(photos / "vae_2")
-    codec = data.Codec(str(photos / "vae_2"))
-    assert codec.scale == [0.125, 0.1] and codec.shift == [1.0, 2.0]
-    raw = 1 + normal(3, 2, 8, 8)
-    with torch.no_grad():
-        plain = codec.vae.decode(raw).sample
-    scaled = torch.stack([(raw[:, 0] - 1) * 0.125, (raw[:, 1] - 2) * 0.1], 1)
-    assert codec.decode(scaled).allclose(plain, atol=1e-4)
-    assert data.mean_square(raw.numpy(), False, codec.scale, codec.shift) == pytest.approx(
-        (scaled ** 2).mean((0, 2, 3)).numpy(), rel=1e-4)
-
-
-def test_a_wrong_latent_scale_stops_the_run_and_names_the_right_one(photos, tmp_path):
-    with pytest.raises(data.UserError, match="have RMS .*--vae_scale") as error:
-        prepare(photos, tmp_path / "out", "--vae_scale 9")
-    better = str(error.value).split("--vae_scale ")[1].split()[0]
-    assert not (tmp_path / "out").exists()
-    rms = prepare(photos, tmp_path / "out", "--vae_scale", better).meta["x_rms"]
-    assert np.sqrt(np.square(rms).mean()) == pytest.approx(1, abs=0.1)
-
-
-def test_features_are_timms_patch_tokens_on_its_own_normalisation(photos):
-    import timm
-    encoder = data.Encoder(ENCODER.split()[0], 32, None, str(photos / "encoder.safetensors"),
-                           {"depth": 2, "embed_dim": 48, "num_heads": 3})
-    assert encoder.input_size == 28 and encoder.grid == [2, 2]           # 14 pixels for 16
-    images = data.from_uint8(torch.from_numpy(photo(32, 32, 5)).permute(2, 0, 1)[None])
-    mean = torch.tensor(timm.data.IMAGENET_DEFAULT_MEAN).view(3, 1, 1)
-    std = torch.tensor(timm.data.IMAGENET_DEFAULT_STD).view(3, 1, 1)
-    inputs = torch.nn.functional.interpolate(((images + 1) / 2 - mean) / std, 28, mode="bicubic")
-    net = timm.create_model(ENCODER.split()[0], depth=2, embed_dim=48, num_heads=3, img_size=28,
-                            pretrained=True, num_classes=0, pretrained_cfg_overlay={
-                                "file": str(photos / "encoder.safetensors")}).eval()
-    with torch.no_grad():
-        tokens = net.forward_features(inputs)[:, 5:]              # 1 class token, 4 registers
-    theirs = tokens.transpose(1, 2).reshape(1, 48, 2, 2)
-    assert encoder.features(images).allclose(theirs, atol=1e-4) and theirs.std() > 0.1
-
-
-def test_a_convnets_level_is_timms_intermediate_of_its_own_pipeline(photos):
-    import timm
-    torch.manual_seed(0)
-    net = timm.create_model("mobilenetv2_050", pad_type="same", bn_eps=1e-3).eval()
-    torch.save(net.state_dict(), photos / "mobilenet.pth")
-    encoder = data.Encoder("mobilenetv2_050", 64, 3, str(photos / "mobilenet.pth"),
-                           {"pad_type": "same", "bn_eps": 1e-3})
-    image = photo(64, 64, 3)
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net) | {
-        "input_size": (3, 64, 64), "crop_pct": 1})
-    with torch.no_grad():
-        theirs = net.forward_intermediates(transform(Image.fromarray(image))[None], indices=[3],
-                                           intermediates_only=True)[0]
-    images = data.from_uint8(torch.from_numpy(image).permute(2, 0, 1)[None])
-    assert theirs.shape == (1, 48, 4, 4) and encoder.grid == [4, 4]
-    assert encoder.features(images).allclose(theirs, atol=1e-4)
-    other = data.Encoder("mobilenetv2_050", 64, 3, str(photos / "mobilenet.pth"),
-                         {"pad_type": "same", "bn_eps": 1e-3, "mean": 0.5, "std": 0.5})
-    assert not other.features(images).allclose(theirs, atol=1e-2)
-    assert other.name == "mobilenetv2_050 level 3 bn_eps=0.001 mean=0.5 pad_type=same std=0.5"
+    with pytest.raises(UserError, match="not the one that made the data.*--vae"):
+        pretrained.vae_of(prepared.meta | {"vae_weights": "another"})
 
 
 def test_z_is_the_pca_of_the_features_of_all_images(photos, prepared):
     """The arrays, made again the long way: every feature at once, scikit-learn's PCA."""
     from sklearn.decomposition import PCA
-    encoder = data.Encoder(ENCODER.split()[0], 32, None, str(photos / "encoder.safetensors"),
-                           {"depth": 2, "embed_dim": 48, "num_heads": 3})
-    files, _, _ = data.list_images(str(photos / "photos"))
-    images = np.stack([data.load_image(photos / "photos" / os.fsdecode(file), 32)
-                       for file in files])
-    f = encoder.features(data.from_uint8(torch.from_numpy(images).permute(0, 3, 1, 2)))
-    f = f.permute(0, 2, 3, 1).double().numpy()                           # (11, 2, 2, 48)
-    rows = (f - f.mean((0, 1, 2))) / f.std((0, 1, 2))
-    theirs = PCA(6).fit(rows.reshape(-1, 48)).transform(rows.reshape(-1, 48)).reshape(11, 2, 2, 6)
-    ours = prepared.z.astype(float).transpose(0, 2, 3, 1)
+    f = dino(photos).features(network_inputs(photos)).permute(0, 2, 3, 1).double().numpy()
+    rows = ((f - f.mean((0, 1, 2))) / f.std((0, 1, 2))).reshape(-1, 48)
+    theirs = PCA(6).fit(rows).transform(rows).reshape(11, 2, 2, 6)
+    ours = prepared.read(range(11))[1].double().numpy().transpose(0, 2, 3, 1)
     sign = np.sign((ours * theirs).sum((0, 1, 2)))
     assert np.abs(ours - sign * theirs).max() < 0.02 and ours.std() > 1
     assert prepared.meta["z_rms"] == pytest.approx(np.sqrt((theirs ** 2).mean((0, 1, 2))), rel=1e-2)
 
 
-def test_meta_json_says_what_is_there(photos, prepared):
-    m = prepared.meta
-    assert m["arrays"]["x"]["shape"] == [11, 8, 8, 8] == list(prepared.x.shape)
-    assert (m["x_channels"], m["x_has_std"], m["image_size"], m["n"]) == (4, True, 32, 11)
-    for name in "xzy":
-        digest = hashlib.sha256((photos / "prepared" / f"{name}.npy").read_bytes()).hexdigest()
-        assert m["arrays"][name]["sha256"] == digest
-    assert m["classes"] == ["a", "b", "c"] and prepared.y.tolist() == [0] * 4 + [1] * 4 + [2] * 3
-    assert set(m["versions"]) >= {"torch", "timm", "diffusers"} and m["bad_rows"] == []
-    left = {path.name for path in (photos / "prepared").iterdir()}
-    assert left == {"x.npy", "z.npy", "y.npy", "meta.json", "pca.npz", "sheet.png"}
-    assert Image.open(photos / "prepared/sheet.png").size == (10 * 130 + 2, 3 * 130 + 2)
+def test_a_prepared_folder_is_its_shards_and_says_what_they_are(photos, prepared):
+    out, m, y = photos / "prepared", prepared.meta, [0] * 4 + [1] * 4 + [2] * 3
+    records = np.load(out / "shards/00000.npy")
+    assert records["x"].shape == (11, 8, 8, 8) and records["y"].tolist() == y
+    digest = hashlib.sha256(hashlib.sha256(records.tobytes()).hexdigest().encode()).hexdigest()
+    assert [m[key] for key in ("x_channels", "has_std", "image_size", "n", "shards", "sha256")] == [
+        4, True, 32, 11, [11], digest]
+    assert set(m["versions"]) >= {"torch", "timm", "diffusers"} and not m["settings"]["bf16"]
+    assert set(content(out)) == {"shards/00000.npy", "shards/00000.json", "meta.json", "pca.npz",
+                                 "files.txt", "skipped.txt", "sheet.png"}
+    names = (out / "files.txt").read_text().splitlines()
+    assert names == [os.fsdecode(name) for name in data.list_images(str(photos / "photos"))[0]]
+    sheet = np.asarray(Image.open(out / "sheet.png"))       # image, decoded, z 1-3, z 4-6
+    first = sheet[2:130, sheet.shape[1] - 1300:][:, :128]
+    assert sheet.shape[0] == 4 * 130 + 2 and np.array_equal(
+        first[2::4, 2::4], data.load_image(photos / "photos" / names[0], 32))
 
 
-def in_ranks(work, n_ranks=1):
-    """work() in forked processes that find each other as torchrun's do, one thread each: their exit
-    codes. If one is killed so are the others; if one ends with an error they have ten seconds."""
-    port = bench.free_port()
-    pids = [forked(work, {"RANK": str(rank), "WORLD_SIZE": str(n_ranks), "MASTER_PORT": str(port),
-                          "MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": str(n_ranks)})
-            for rank in range(n_ranks)]
-    codes = {}
-    while len(codes) < n_ranks:
-        pid, status = os.wait()
-        codes[pid] = os.waitstatus_to_exitcode(status)
-        others = set(pids) - set(codes)
-        if codes[pid]:
-            for _ in range(100 if codes[pid] > 0 else 0):
-                others -= {other for other in others
-                           if os.waitid(os.P_PID, other, os.WEXITED | os.WNOWAIT | os.WNOHANG)}
-                time.sleep(0.1 if others else 0)
-            for other in others:
-                os.kill(other, signal.SIGKILL)
-    return [codes[pid] for pid in pids]
+@pytest.mark.parametrize("n_ranks, calls", [(1, [-1, 4, -3, 4, 5, -8]), (2, [4, -3, 4, -5])])
+def test_killed_at_any_moment_the_folder_ends_with_the_same_bytes(
+        photos, tmp_path, monkeypatch, n_ranks, calls):
+    """Killed at these calls of write_whole: after them, or (negative) within."""
+    monkeypatch.setattr(data, "SHARD", 2)
+    write = run.write_whole
 
+    def work():
+        n_calls = itertools.count(1)
 
-def forked(work, environment):
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        torch.set_num_threads(1)                                         # OpenMP survives no fork
-        os.environ |= environment
-        work()
-        os._exit(0)
-    except SystemExit as error:
-        os._exit(error.code)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
+        def die(file):
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
 
-
-def torchrun(command):
-    """torchrun with two processes, quicker by its own import of torch: its exit code."""
-    script, *flags = command.split()
-    arguments = ["--standalone", "--nproc_per_node=2", "--", str(HERE / script), *flags]
-    pid = forked(lambda: torch.distributed.run.main(arguments), {"OMP_NUM_THREADS": "1"})
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-@pytest.mark.parametrize("n_ranks", [1, 2])
-def test_killed_and_started_again_the_arrays_are_byte_identical(photos, tmp_path, n_ranks):
-    """Killed at five moments: within y, x, z and status, of the first and of later blocks."""
-    def attempt(out, calls):
-        write, left = data.write_rows, [calls]
-
-        def write_or_die(path, start, rows):
-            left[0] -= 1
-            if left[0] == 0:
-                write(path, start, np.full_like(rows[:len(rows) // 2], 7))   # torn, and wrong
+        def write_or_die(path, what):
+            n = next(n_calls)
+            write(path, die if n == -call else what)
+            if n == call:
                 os.kill(os.getpid(), signal.SIGKILL)
-            write(path, start, rows)
 
-        def work():
-            data.write_rows = write_or_die
-            prepare(photos, out)
+        run.write_whole = write_or_die
+        prepare(photos, tmp_path / "out")
 
-        return min(in_ranks(work, n_ranks))                              # a signal's is negative
-
-    assert attempt(tmp_path / "whole", 0) == 0
-    for calls in (1, 3, 5, 4, 2):
-        assert attempt(tmp_path / "out", calls) == -signal.SIGKILL
-        with pytest.raises(data.UserError, match="not finished"):
-            data.Prepared(str(tmp_path / "out"))
-    assert attempt(tmp_path / "out", 0) == 0
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
-    assert {"x.npy", "z.npy", "y.npy", "pca.npz"} == set(content(tmp_path / "whole"))
+    for call in calls:
+        assert min(in_ranks(work, n_ranks)) == -signal.SIGKILL           # a signal's is negative
+        with pytest.raises(UserError, match="not finished|no prepared data"):
+            data.LatentDataset(str(tmp_path / "out"))
+    call = 0
+    assert in_ranks(work, n_ranks) == [0] * n_ranks
+    whole = content(prepare(photos, tmp_path / "whole").folder)
+    assert content(tmp_path / "out") == whole
+    assert len(whole) == 2 * 6 + 5 and "shards/00005.npy" in whole       # no moments are left
 
 
-def test_a_killed_pca_adds_what_is_missing(photos, tmp_path, monkeypatch):
-    """Chunks of partial sums are kept, and the total does not depend on who made them."""
-    monkeypatch.setattr(data, "PCA_CHUNK", 4)
-    out, seen = tmp_path / "out", []
-    features = data.Encoder.features
-
-    def interrupted(self, images):
-        seen.append(len(images))
-        if len(seen) == 3:                                               # after black and one chunk
-            raise KeyboardInterrupt
-        return features(self, images)
-
-    monkeypatch.setattr(data.Encoder, "features", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(photos, out)
-    assert (out / "moments_00000.npz").exists() and not (out / "moments_00001.npz").exists()
-    prepare(photos, out)
-    assert len(seen) == 3 + 1 + 2 + 3                                    # black, 2 chunks, 3 blocks
-    prepare(photos, tmp_path / "whole")
-    assert content(out) == content(tmp_path / "whole")
-
-
-def test_bad_files_are_skipped_named_and_never_trained_on(photos, tmp_path, capsys):
-    with pytest.raises(data.UserError, match="3 of 14 files .*--max_bad 0.2.*cut.jpg") as error:
-        prepare(photos, tmp_path / "out", "--max_bad 0.2", images="bad")
-    assert "\n" not in str(error.value)
-    named = (tmp_path / "out/skipped.txt").read_text().splitlines()
-    assert [line.split(":")[0] for line in named] == BAD and "truncated" in named[0]
-    ours = prepare(photos, tmp_path / "out", "--max_bad 0.22", images="bad")
-    assert "3 files skipped, see" in capsys.readouterr().out.splitlines()[-1]
-    assert ours.n == 11 and ours.meta["n"] == 14 and ours.meta["bad_rows"] == [4, 9, 10]
-    rows = ours.rows(np.arange(11))
-    assert rows.tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 11, 12, 13]
-    assert not ours.x[[4, 9, 10]].any() and (ours.x[rows] != 0).any((1, 2, 3)).all()
-    _, _, y, _ = ours.batch(torch.arange(11))
-    assert y.tolist() == [0] * 4 + [1] * 4 + [2] * 3
-    good = prepare(photos, tmp_path / "good")
-    assert np.abs(ours.x[rows].astype(float) - good.x).max() < 0.01
-
-
-def test_a_mended_file_is_read_when_the_run_goes_on(photos, tmp_path):
-    shutil.copytree(photos / "bad", tmp_path / "images")
-    with pytest.raises(data.UserError, match="3 of 14"):
-        prepare(photos, tmp_path / "out", "--max_bad 0.1", f"--images {tmp_path / 'images'}")
-    for name in BAD[1:]:                                                 # the first is still bad
-        shutil.copy(photos / "photos/a/00.JPEG", tmp_path / "images" / name)
-    ours = prepare(photos, tmp_path / "out", "--max_bad 0.1", f"--images {tmp_path / 'images'}")
-    assert ours.meta["bad_rows"] == [4]
-    assert np.abs(ours.x[9].astype(float) - ours.x[0]).max() < 0.01
-    assert len((tmp_path / "out/skipped.txt").read_text().splitlines()) == 1
-
-
-def test_trouble_of_the_disk_is_no_bad_file(photos, tmp_path, monkeypatch):
-    load = data.load_image
-
-    def busy(path, size):
-        if os.fsencode(path).endswith(b"04.JPEG"):
-            raise OSError(errno.EIO, "Input/output error")
-        return load(path, size)
-
-    monkeypatch.setattr(data, "load_image", busy)
-    with pytest.raises(data.UserError, match="Input/output error.*goes on where it was"):
-        prepare(photos, tmp_path / "out", "--max_bad 1")
-    monkeypatch.undo()
-    assert prepare(photos, tmp_path / "out", "--max_bad 1").n == 11
-
-
-def test_dying_while_it_finishes_loses_nothing(photos, prepared, tmp_path, monkeypatch):
-    """A disk that is full for the picture, for meta.json, or after it."""
-    write = pca.write_whole
-
-    def full_at(name):
-        def write_or_fail(path, what):
-            if path.endswith(name):
-                raise OSError(errno.ENOSPC, "No space left on device")
-            write(path, what)
-        return write_or_fail
-
-    for name in ("pca.npz", "sheet.png", "meta.json"):
-        monkeypatch.setattr(pca, "write_whole", full_at(name))
-        with pytest.raises(data.UserError, match="No space left.*goes on where it was"):
-            prepare(photos, tmp_path / "out")
-    monkeypatch.undo()
-    monkeypatch.setattr(data, "clear_up", lambda out: os.kill(0, 0))     # killed after meta.json
-    prepare(photos, tmp_path / "out")
-    monkeypatch.undo()
-    prepare(photos, tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "x.npy", "z.npy", "y.npy", "meta.json", "pca.npz", "sheet.png"}
+def test_two_commands_at_once_leave_one_whole_folder(photos, prepared, tmp_path):
+    pids = [forked(lambda: prepare(photos, tmp_path / "out"), {}) for _ in range(2)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    assert 0 in codes and set(codes) <= {0, 1}                           # 1: refused
     assert content(tmp_path / "out") == content(photos / "prepared")
 
 
-def test_weights_that_do_not_fit_are_refused(photos, tmp_path):
-    """Neither timm without a head nor diffusers would say so: the rest would stay random."""
-    import safetensors.torch
-    import timm
-    weights = timm.create_model("mobilenetv2_050").state_dict()
-    del weights["blocks.0.0.conv_dw.weight"]
-    torch.save(weights, tmp_path / "encoder.pth")
-    with pytest.raises(data.UserError, match="blocks.0.0.conv_dw.weight") as error:
-        data.Encoder("mobilenetv2_050", 32, 3, str(tmp_path / "encoder.pth"))
-    assert "\n" not in str(error.value)
-    shutil.copytree(photos / "vae", tmp_path / "vae")
-    path = tmp_path / "vae/diffusion_pytorch_model.safetensors"
-    weights = safetensors.torch.load_file(path)
-    del weights["decoder.conv_out.weight"]
-    safetensors.torch.save_file(weights, path, {"format": "pt"})
-    with pytest.raises(data.UserError, match="lack or do not fit decoder.conv_out.weight"):
-        data.Codec(str(tmp_path / "vae"))
+def test_bad_files_are_left_out_and_named_and_mended_ones_read(
+        photos, prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHARD", 5)
+    shutil.copytree(photos / "bad", tmp_path / "images")
+    given = preparing(photos, tmp_path / "out", f"--images {tmp_path / 'images'}")
+    refused(data, f"{given} --max_bad 0.2", "3 of 14 files .*--max_bad 0.2 .*cut.jpg: .*truncated")
+    main(data, f"{given} --max_bad 0.22")
+    ours = data.LatentDataset(str(tmp_path / "out"))
+    named = (tmp_path / "out/skipped.txt").read_text().splitlines()
+    assert [line.split(":")[0] for line in named] == BAD and ours.n == 11
+    assert (tmp_path / "out/files.txt").read_text() == (photos / "prepared/files.txt").read_text()
+    for part, good in zip(ours.read(range(11))[:3], prepared.read(range(11))):
+        assert (part.double() - good.double()).abs().max() < 0.05
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr(data, "SHARD", 1)                                # one shard will be empty
+    refused(data, f"{given} --max_bad 0.1", "2 of 14")
+    for name in BAD[1:]:                                                 # the first is still bad
+        shutil.copy(photos / "photos/a/00.JPEG", tmp_path / "images" / name)
+    main(data, f"{given} --max_bad 0.1")
+    x, _, y, _ = data.LatentDataset(str(tmp_path / "out")).read([0, 8, 9])
+    assert y.tolist() == [0, 1, 1] and (x[1:] - x[:1]).abs().max() < 0.01
 
 
-def test_a_codec_that_changed_or_went_is_refused_but_training_ends_well(
-        photos, prepared, tmp_path, capsys):
-    meta = prepared.meta | {"codec_weights": "another"}
-    with pytest.raises(data.UserError, match="not the one that made the data.*--vae"):
-        data.codec_of(meta)
-    gone = tmp_path / "prepared"
-    shutil.copytree(photos / "prepared", gone)
-    (gone / "meta.json").write_text(json.dumps(prepared.meta | {"codec": "gone"}))
-    main(train, f"--data {gone} --model SiT-T/2 --r 4 --steps 2 --batch_size 4 --sample_steps 2 "
-                f"--preview_every 1 --out {tmp_path / 'out'}")
-    shown = capsys.readouterr()
-    assert "no preview: --vae gone" in shown.out + shown.err
-    assert "is complete, but there is no sheet.png" in shown.out
+def test_trouble_of_the_disk_is_no_bad_file_and_loses_nothing(
+        photos, prepared, tmp_path, monkeypatch):
+    for module, name, where, error in (
+            (data, "load_image", b"04.JPEG", OSError(errno.EIO, "Input/output error")),
+            *((run, "write_whole", file, OSError(errno.ENOSPC, "No space left"))
+              for file in (b"pca.npz", b"00000.npy", b"sheet.png"))):
+        function = getattr(module, name)
+
+        def fail(path, what):
+            if os.fsencode(path).endswith(where):
+                raise error
+            return function(path, what)
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match=error.strerror):
+            patch.setattr(module, name, fail)
+            prepare(photos, tmp_path / "out", "--max_bad 1")
+    prepare(photos, tmp_path / "out")
+    assert content(tmp_path / "out") == content(photos / "prepared")
 
 
-def test_links_in_a_circle_are_followed_once(photos, tmp_path):
-    shutil.copytree(photos / "photos", tmp_path / "images")
-    (tmp_path / "images/a/self").symlink_to(tmp_path / "images/a")
-    (tmp_path / "images/d").symlink_to(photos / "photos/b")
-    (tmp_path / "images/a/broken.png").symlink_to("nowhere")
-    files, _, classes = data.list_images(str(tmp_path / "images"))
-    assert len(files) == 11 + 4 + 1 and classes == ["a", "b", "c", "d"]
-    with pytest.raises(data.UserError, match="is inside --images"):
-        prepare(photos, tmp_path / "images/out", f"--images {tmp_path / 'images'}")
-
-
-def test_features_are_kept_as_they_are_for_repa(photos, tmp_path, capsys):
-    """In the encoder's own units; their PCA is z."""
-    out = tmp_path / "out"
-    prepare(photos, out, "--keep_features")
-    assert "f.npy, the features of --keep_features, takes 4.22e-06 GB" in capsys.readouterr().out
-    assert 11 * 48 * 2 * 2 * 2 == 4224
-    kept = data.Prepared(str(out), features=True)
-    _, z, _, f = kept.unpack(kept.read(torch.arange(11)))
-    assert f.shape == (11, 48, 2, 2) and f.dtype == torch.float32
-    encoder = data.Encoder(ENCODER.split()[0], 32, None, str(photos / "encoder.safetensors"),
-                           {"depth": 2, "embed_dim": 48, "num_heads": 3})
-    files, _, _ = data.list_images(str(photos / "photos"))
-    image = data.load_image(os.path.join(os.fsencode(photos / "photos"), files[6]), 32)
-    image = data.from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])
-    assert encoder.features(image)[0].allclose(f[6], atol=0.01) and f.std() > 0.1
-    projected = pca.load(f"{out}/pca.npz").project(f.permute(0, 2, 3, 1).numpy())
-    assert np.abs(projected - kept.z.transpose(0, 2, 3, 1)).max() < 0.05
-    main(train, f"--data {out} --model SiT-T/2 --r 4 --repa 1 --steps 1 --batch_size 4 "
-                f"--sample_steps 2 --out {tmp_path / 'run'}")
-    assert "loss_repa" in losses(tmp_path / "run")[0]
-
-
-def test_what_is_there_stays_when_settings_differ(photos, prepared, tmp_path):
-    before = content(photos / "prepared")
-    for flags, words in [("--size 64", "another --size: 32, now 64"),
-                         ("--r_keep 5", "another --r_keep"), ("--seed 1", "another --seed")]:
-        with pytest.raises(data.UserError, match=words):
-            prepare(photos, photos / "prepared", flags)
-    with pytest.raises(data.UserError, match="another --images: 11 files"):
-        prepare(photos, photos / "prepared", images="bad")
-    prepare(photos, photos / "prepared")                                 # complete: nothing to do
-    assert content(photos / "prepared") == before
+def test_other_settings_overwrite_nothing_and_latents_have_rms_1(photos, prepared, tmp_path):
+    out, before = photos / "prepared", content(photos / "prepared")
+    for flags, words in (("--size 64", "another --size: 32, now 64"), ("--seed 1", "other --seed"),
+                         (f"--images {photos / 'bad'}", "another --images: 11 files")):
+        refused(data, preparing(photos, out, flags), f"{words}.*choose another --out")
+    prepare(photos, out)                                                 # complete: nothing to do
+    assert content(out) == before
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(data.UserError, match="not empty and holds no prepared data"):
-        prepare(photos, tmp_path)
+    refused(data, preparing(photos, tmp_path), "not empty and holds no prepared data")
+    assert content(tmp_path) == {"thesis.tex": b"years of work"}
+    better = 1.5 / np.sqrt(np.square(prepared.meta["x_rms"]).mean())     # a scale of RMS 1
+    refused(data, preparing(photos, tmp_path / "out", "--vae_scale 9"),
+            f"have RMS .*; --vae_scale {better:.4g} makes it 1")
 
 
 @pytest.mark.parametrize("flags, words", [
     ("--images nowhere", "nowhere is no folder"), ("--size 36", "multiple of 8"),
     ("--vae nowhere", "--vae nowhere"), ("--encoder resnetx", "--encoder resnetx"),
-    ("--encoder_weights nowhere.pth", "nowhere.pth: no such file"), ("--r_keep 49", "48 channels"),
-    ("--encoder_layer 7", "cannot be used so"), ("--encoder_layer top", "a number from 0"),
-    ("--encoder_kwargs depth=2", "one for each; got 2 for 1"),
-    ("--encoder a b --encoder_kwargs depth", "KEY=VALUE"), ("--max_bad 2", "a share"),
+    ("--encoder_weights nowhere.pth", "no file nowhere.pth"), ("--r_keep 49", "48 channels"),
+    ("--encoder_layer 7", "cannot be used so"), ("--encoder_layer top", "encoder_layer"),
+    ("--encoder_kwargs depth=2", "got 2"), ("--out {photos}/photos/out", "is inside --images"),
+    ("--encoder a b --encoder_kwargs depth", "KEY=VALUE"), ("--max_bad 2", "from 0 to 1"),
     ("--pca nowhere.npz", "no PCA file"), ("--pca {photos}/other.npz", "is the PCA of some other")])
-def test_mistakes_in_preparing_are_one_line(photos, tmp_path, flags, words):
+def test_mistakes_in_preparing_are_one_line(photos, tmp_path, capsys, flags, words):
     pca.fit(pca.Moments(48).update(normal(99, 48).numpy()), 6, 1, "some other").save(
         photos / "other.npz")
-    with pytest.raises(data.UserError, match=words) as error:
-        prepare(photos, tmp_path / "out", flags.format(photos=photos))
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
-
-
-def test_a_full_disk_is_found_out_before_the_work(photos, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(data.UserError, match="x.npy needs .* GB .*No space left.*make room"):
-        prepare(photos, tmp_path / "out")
-    monkeypatch.undo()
-    assert prepare(photos, tmp_path / "out").n == 11
+    refused(data, preparing(photos, tmp_path / "out", flags.format(photos=photos)), words, capsys)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_fitted_pca_is_used_as_it_is(photos, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(data.Source, "fit_pcas", None)                   # must not be called
+    monkeypatch.setattr(data.Preparation, "fit_pca", None)               # must not be called
     given = f"--pca {photos / 'prepared/pca.npz'} --r_keep 4"
-    ours = prepare(photos, tmp_path / "out", given)
-    assert np.array_equal(ours.z, prepared.z[:, :4])
-    with pytest.raises(data.UserError, match="another --pca_scale"):
-        prepare(photos, tmp_path / "out", given, "--pca_scale 2")
+    z = prepare(photos, tmp_path / "out", given).read(range(11))[1]
+    assert torch.equal(z, prepared.read(range(11))[1][:, :4])
+    refused(data, preparing(photos, tmp_path / "out", given, "--pca_scale 2"), "other --pca_scale")
     twice = prepare(photos, tmp_path / "twice", given, "--pca_scale 2")
-    assert np.abs(twice.z.astype(float) - 2 * ours.z.astype(float)).max() < 0.02
-    assert twice.meta["pca_scale"] == 2 and twice.meta["z_std"][0] == 2 * ours.meta["z_std"][0]
+    assert (twice.read(range(11))[1].float() - 2 * z.float()).abs().max() < 0.02
+    assert twice.meta["z_std"][0] == 2 * prepared.meta["z_std"][0]
 
 
-def test_several_encoders_share_z(photos, prepared, tmp_path):
-    second = "--encoder_kwargs depth=2 embed_dim=48 num_heads=3 mean=0.5"
-    flags = (f"--encoder {ENCODER.split()[0]} {ENCODER.split()[0]} {second}")
-    ours = prepare(photos, tmp_path / "out", flags)
-    assert ours.z.shape == (11, 12, 2, 2) and np.array_equal(ours.z[:, :6], prepared.z)
-    assert not np.array_equal(ours.z[:, 6:], prepared.z)
-    four = data.Prepared(str(tmp_path / "out"), 4)
-    assert four.channels.tolist() == [0, 1, 6, 7]
-    assert four.meta["z_std"] == [ours.meta["z_std"][c] for c in (0, 1, 6, 7)]
-    stored = torch.from_numpy(ours.z[[2], :][:, [0, 1, 6, 7]].astype(np.float32))
-    assert four.read(torch.tensor([2]))[1].float().equal(stored)
-    with pytest.raises(data.UserError, match="multiple of 2"):
-        data.Prepared(str(tmp_path / "out"), 3)
-
-
-def test_encoders_of_other_grids_are_resized_to_the_firsts(photos, prepared, tmp_path):
+def test_several_encoders_of_other_grids_share_z_and_the_firsts_features_are_kept(
+        photos, prepared, tmp_path):
     import timm
-    torch.save(timm.create_model("mobilenetv2_050").state_dict(), tmp_path / "mobilenet.pth")
+    weights, images = str(tmp_path / "mobilenet.pth"), network_inputs(photos)
+    torch.save(timm.create_model("mobilenetv2_050").state_dict(), weights)
     ours = prepare(photos, tmp_path / "out", f"--encoder {ENCODER.split()[0]} mobilenetv2_050 "
-                   f"--encoder_weights {photos / 'encoder.safetensors'} {tmp_path}/mobilenet.pth "
-                   "--encoder_layer last 2 --encoder_kwargs")             # 2 x 2 and 4 x 4
-    alone = prepare(photos, tmp_path / "alone", "--encoder mobilenetv2_050 --encoder_layer 2 "
-                    f"--encoder_weights {tmp_path}/mobilenet.pth", kwargs="")
-    assert alone.z.shape == (11, 6, 4, 4) and np.array_equal(ours.z[:, :6], prepared.z)
-    means = alone.z.astype(float).reshape(11, 6, 2, 2, 2, 2).mean((3, 5))  # bilinear, halved
-    assert np.abs(ours.z[:, 6:] - means).max() < 0.02
+                   f"--encoder_weights {photos / 'encoder.safetensors'} {weights} "
+                   "--encoder_layer last 2 --encoder_kwargs --keep_features")
+    z = ours.read(range(11))[1]
+    assert z.shape == (11, 12, 2, 2) and torch.equal(z[:, :6], prepared.read(range(11))[1])
+    f = pretrained.Encoder("mobilenetv2_050", 32, 2, weights).features(images)
+    second = pca.load(tmp_path / "out/pca_2.npz").project(f.permute(0, 2, 3, 1).numpy())
+    means = second.reshape(11, 2, 2, 2, 2, 6).mean((2, 4)).transpose(0, 3, 1, 2)    # halved
+    assert np.abs(z[:, 6:].numpy() - means).max() < 0.02 and means.std() > 0.5
+    four = data.LatentDataset(str(tmp_path / "out"), 4, features=True)
+    assert four.meta["z_std"] == [ours.meta["z_std"][c] for c in (0, 1, 6, 7)]
+    _, z_4, _, f = four.read(range(11))
+    assert torch.equal(z_4, z[:, [0, 1, 6, 7]]) and f.std() > 0.1
+    assert f.float().allclose(dino(photos).features(images), atol=0.01)
 
 
-@pytest.mark.parametrize("fusion", model.FUSIONS)
-def test_prepared_photos_train_and_sample_through_their_codec(photos, prepared, tmp_path, fusion):
-    r = "" if fusion == "none" else "--r 4"
-    main(train, f"--data {photos / 'prepared'} --model SiT-T/2 --fusion {fusion} {r} --steps 3 "
-                f"--batch_size 4 --sample_steps 3 --out {tmp_path / 'out'}")
-    main(sample, f"--ckpt {tmp_path / 'out/ckpt.pt'} --n 4 --out {tmp_path / 'samples'}")
-    images = np.load(tmp_path / "samples/samples.npz")["arr_0"]
-    assert images.shape == (4, 32, 32, 3) and images.std() > 1
-    assert (tmp_path / "out/sheet.png").exists()
-    with pytest.raises(data.UserError, match="--vae nowhere"):
-        main(sample, f"--ckpt {tmp_path / 'out/ckpt.pt'} --vae nowhere --out {tmp_path / 'none'}")
+@pytest.mark.parametrize("name, spoil, options, words", [
+    ("shards/00000.npy", lambda b: b[:len(b) // 2], {}, "00000.npy is damaged.*prepare it again"),
+    ("shards/00000.npy", lambda b: b"", {}, "00000.npy is damaged.*prepare it again"),
+    ("meta.json", lambda b: b[:50], {}, "meta.json is damaged.*prepare it again"),
+    ("meta.json", lambda b: b"[]", {}, "has format None.*prepare it again"),
+    ("meta.json", lambda b: b.replace(b'"format": 3', b'"format": 2'), {}, "format 2.*remove it"),
+    ("meta.json", lambda b: b.replace(b"11\n ]", b"12\n ]"), {}, "11 records, not 12"),
+    ("meta.json", bytes, {"folder": "nowhere"}, "python data.py --images"),
+    ("meta.json", bytes, {"r": 7}, "--z_channels 7 .* the 6 that"),
+    ("meta.json", bytes, {"features": True}, "data.py --keep_features")])
+def test_damaged_older_and_poor_folders_are_refused_in_one_line(
+        photos, prepared, tmp_path, name, spoil, options, words):
+    shutil.copytree(photos / "prepared", tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_bytes(spoil((tmp_path / name).read_bytes()))
+    with pytest.raises(UserError, match=words) as error:
+        data.LatentDataset(**{"folder": str(tmp_path)} | options).read([0])
+    assert "\n" not in str(error.value)
 
 
-def test_another_codec_is_warned_of_and_one_of_other_shapes_refused(photos, prepared, tmp_path,
-                                                                   capsys):
-    import diffusers
-    net = tiny(r=4, x_channels=4)
-    torch.save({"arch": net.arch, "settings": {"sample_steps": 2, "p_drop_z": 0, "p_drop_y": 0},
-                "meta": data.Prepared(str(photos / "prepared"), 4).meta, "step": 1,
-                "ema": net.state_dict()}, tmp_path / "ckpt.pt")
-    options = dict(norm_num_groups=4, block_out_channels=[8] * 3, latent_channels=4,
-                   down_block_types=["DownEncoderBlock2D"] * 3,
-                   up_block_types=["UpDecoderBlock2D"] * 3)
-    for name, change in (("same", {}), ("wide", {"latent_channels": 5}), (
-            "small", {key: value[:2] for key, value in options.items() if type(value) is list})):
-        diffusers.AutoencoderKL(**options | change).save_pretrained(tmp_path / name)
-    flags = f"--ckpt {tmp_path / 'ckpt.pt'} --n 2 --out {tmp_path / 'out'}"
-    for again in ("", f"--restart --vae {photos / 'vae'}"):              # the same, said or not
-        main(sample, f"{flags} {again}")
-        assert "warning" not in capsys.readouterr().err
-    main(sample, f"{flags} --vae {tmp_path / 'same'}")
-    assert "same is not the codec that made the data" in capsys.readouterr().err
-    for name, words in (("wide", "32 pixels from 5 channels"), ("small", "16 pixels from 4")):
-        with pytest.raises(data.UserError, match=f"{words}.* are of 32 pixels and 4 channels"):
-            main(sample, f"{flags} --vae {tmp_path / name}")
-
-
-def test_x_is_drawn_anew_at_every_step(photos, prepared, tmp_path, monkeypatch):
-    drawn, unpack = [], data.Prepared.unpack
-
-    def spy(self, stored, eps):
-        drawn.append(eps)
-        return unpack(self, stored, eps)
-
-    monkeypatch.setattr(data.Prepared, "unpack", spy)
-    main(train, f"--data {photos / 'prepared'} --model SiT-T/2 --r 4 --steps 3 --batch_size 4 "
-                f"--sample_steps 2 --out {tmp_path}")
-    net = tiny(r=4, x_channels=4)
-    expected = [train.draw(0, step, 4, ALL, net, from_codec=True)[-1]
-                for step in range(3)]
-    assert all(torch.equal(a, b) for a, b in zip(drawn, expected)) and len(drawn) == 3
-    assert not torch.equal(drawn[0], drawn[1])
-
-
-def test_opening_and_reading_cost_the_same_for_a_million_images(prepared, tmp_path):
-    """Sparse files, in which nobody has written: what is mapped is not read."""
-    def peak(n):
-        for name in "xzy":
-            shape = (n, *getattr(prepared, name).shape[1:])
-            np.lib.format.open_memmap(tmp_path / f"{name}.npy", "w+",
-                                      getattr(prepared, name).dtype, shape).flush()
-        (tmp_path / "meta.json").write_text(json.dumps(prepared.meta | {"n": n}))
+def test_opening_and_reading_cost_the_same_for_a_million_images(prepared, tmp_path, monkeypatch):
+    """Three shards are there, sparse files, and opened when they are read."""
+    opened, load, peaks = [], np.load, []
+    monkeypatch.setattr(np, "load", lambda path, **how: opened.append(path) or load(path, **how))
+    (tmp_path / "shards").mkdir()
+    for n_shards in (3, 1000):
+        rows = torch.tensor([0, n_shards * 512, n_shards * 1024 - 1])
+        for k in rows // 1024:
+            np.lib.format.open_memmap(tmp_path / f"shards/{k:05d}.npy", "w+",
+                                      prepared.open_shard(0).dtype, (1024,)).flush()
+        (tmp_path / "meta.json").write_text(json.dumps(
+            prepared.meta | {"n": 1024 * n_shards, "shards": [1024] * n_shards}))
+        opened.clear()
         tracemalloc.start()
-        source = data.Prepared(str(tmp_path))
-        source.batch(torch.tensor([0, n // 2, n - 1]))
-        peak = tracemalloc.get_traced_memory()[1]
+        dataset = data.LatentDataset(str(tmp_path))
+        assert not opened and dataset.read(rows)[0].shape == (3, 8, 8, 8) and len(opened) == 3
+        peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        return peak
-
-    small = peak(1_000)
-    assert peak(1_000_000) < 1.5 * small + 10_000
-
-
-def test_batches_are_read_ahead_in_order():
-    made = []
-    taken = data.prefetch(lambda step: made.append(step) or step, range(3, 9), ahead=2)
-    assert [next(taken), next(taken)] == [3, 4]
-    time.sleep(0.2)
-    assert sorted(made) == [3, 4, 5, 6] and list(taken) == [5, 6, 7, 8]
-
-
-# pca.py
-
-@pytest.fixture
-def features():
-    """(500, 6) with correlated channels of very different mean and scale."""
-    f = normal(500, 6, dtype=DOUBLE) @ normal(6, 6, seed=1, dtype=DOUBLE)
-    return (f * torch.tensor([1, 10, 0.1, 1, 5, 1]) + torch.arange(6) * 20).numpy()
-
-
-def test_moments_do_not_depend_on_batching(features):
-    whole = pca.Moments(6).update(features)
-    parts = pca.Moments(6)
-    for part in np.split(features.astype(np.float32), [1, 7, 300]):
-        parts.update(part)
-    assert whole.n == parts.n == 500
-    assert np.allclose(whole.mean, features.mean(0)) and np.allclose(whole.cov, np.cov(features.T))
-    assert np.allclose(parts.cov, whole.cov, rtol=1e-4)
-    with pytest.raises(ValueError, match="NaN"):
-        whole.update(np.full((1, 6), np.nan))
-    with pytest.raises(ValueError, match="2 rows"):
-        pca.Moments(6).update(features[:1]).cov
-
-
-def test_pca_equals_scikit_learns(features):
-    from sklearn.decomposition import PCA
-    from sklearn.preprocessing import StandardScaler
-    standard = StandardScaler().fit_transform(features)
-    theirs = PCA(4).fit(standard)
-    ours = pca.fit(pca.Moments(6).update(features), 4)
-    assert np.allclose(ours.components, theirs.components_, atol=1e-8)
-    assert np.allclose(ours.variance, theirs.explained_variance_, rtol=1e-8)
-    assert np.allclose(ours.variance / ours.total_variance, theirs.explained_variance_ratio_)
-    assert np.allclose(ours.project(features), theirs.transform(standard), atol=1e-8)
-    assert np.allclose(ours.project(features).std(0, ddof=1), ours.z_std)
-
-
-def test_back_projection_undoes_projection(features):
-    full = pca.fit(pca.Moments(6).update(features), 6, scale=1.7)
-    assert np.allclose(full.back_project(full.project(features)), features)
-    assert np.allclose(full.project(features, 2), full.project(features)[:, :2])
-    plain = pca.fit(pca.Moments(6).update(features), 6)
-    assert np.allclose(full.project(features), 1.7 * plain.project(features))
-    least = plain.back_project(plain.project(features, 2))               # optimal of rank 2
-    lost = ((least - features) / plain.std).var(0, ddof=1).sum()
-    assert np.allclose(lost, plain.variance[2:].sum())
-
-
-def test_a_constant_channel_gives_no_nan(features):
-    features[:, 2] = 1000 / 3                                            # sums of it are inexact
-    moments = pca.Moments(6).update(features)
-    assert abs(moments.cov[2, 2]) > 0
-    fitted = pca.fit(moments, 3)
-    assert np.isfinite(fitted.project(features)).all()
-    assert np.allclose(fitted.components[:, 2], 0, atol=1e-6)
-
-
-def test_the_file_holds_everything_without_pickle(features, tmp_path):
-    path = str(tmp_path / "pca.npz")
-    fitted = pca.fit(pca.Moments(6).update(features), 3, 0.5, "some encoder")
-    fitted.save(path)
-    loaded = pca.load(path)
-    assert (loaded.encoder, loaded.scale, loaded.n) == ("some encoder", 0.5, 500)
-    assert np.array_equal(loaded.project(features), fitted.project(features))
-    (tmp_path / "half.npz").write_bytes((tmp_path / "pca.npz").read_bytes()[:300])
-    with pytest.raises(ValueError, match="half.npz"):
-        pca.load(str(tmp_path / "half.npz"))
-
-
-def test_the_authors_file_is_converted_without_running_it(features, tmp_path):
-    """A file made as theirs is, by torch.save of a fitted scikit-learn PCA, projects as theirs."""
-    from sklearn.decomposition import PCA
-    mean, std = features.mean(0) + 0.1, features.std(0) * 0.9            # theirs are off, too
-    theirs = PCA().fit((features - mean) / std)
-    stats = {"pca_model": theirs, "mean": mean.astype(np.float32), "std": std.astype(np.float32)}
-    torch.save(stats, tmp_path / "official.pth")
-    ours = pca.from_official(str(tmp_path / "official.pth"))
-    expected = theirs.transform((features - stats["mean"]) / stats["std"])
-    assert np.allclose(ours.project(features), expected, atol=1e-5)
-    assert np.allclose(ours.z_std, expected.std(0, ddof=1)) and ours.n == 500
-    assert ours.encoder == pca.DINOV2 and ours.scale == 1
-
-
-def test_the_authors_file_cannot_run_code(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "evil"),)
-
-    torch.save({"pca_model": Evil(), "mean": 0, "std": 1}, tmp_path / "evil.pth")
-    for content, words in ((None, "mkdir, which is not admitted"), (b"PK", "evil.pth is not")):
-        if content:
-            (tmp_path / "evil.pth").write_bytes(content)
-        with pytest.raises(ValueError, match=words):
-            pca.from_official(str(tmp_path / "evil.pth"))
-    assert not (tmp_path / "evil").exists()
-
-
-SHARED = HERE.parent / "shared/data"
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"no real images in {SHARED}")
-
-
-@needs_shared
-def test_the_authors_own_file_has_the_published_spectrum():
-    ours = pca.from_official(str(SHARED / "dino_pca_model.pth"))
-    published = [5.77, 4.90, 4.79, 4.20, 4.01, 3.77, 3.68, 3.56]         # std of components 1 to 8
-    assert ours.z_std[:8] == pytest.approx(published, abs=0.006)
-    assert ours.n == 309_248 * 256 and ours.total_variance == pytest.approx(990, abs=1)
-
-
-def test_pca_py_fits_and_shows(photos, prepared, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    main(pca, f"--images {photos / 'photos'} --size 32 --encoder {ENCODER} --encoder_weights "
-              f"{photos / 'encoder.safetensors'} --r_keep 6 --batch_size 4 --workers 0")
-    assert (tmp_path / "pca.npz").read_bytes() == (photos / "prepared/pca.npz").read_bytes()
-    assert os.listdir(tmp_path) == ["pca.npz"] and "6 of 48 components" in capsys.readouterr().out
-    main(pca, str(photos / "prepared"))
-    shown = capsys.readouterr().out
-    assert "fitted on 44 feature vectors" in shown and "z.png: an image a column" in shown
-    picture = np.asarray(Image.open(photos / "prepared/z.png"))
-    assert picture.shape == (2 * 98 + 2, 10 * 98 + 2, 3)                 # 6 components: two rows
-    (photos / "prepared/z.png").unlink()
-    z, z_std = prepared.z[prepared.rows(prepared.examples(10).numpy())], prepared.meta["z_std"]
-    assert (picture[98 + 50, 98 + 50] == pca.colours(z[1:2, 3:], z_std[3:])[0, 1, 1]).all()
+    assert peaks[1] < peaks[0] + 50_000                    # meta.json's list of 1000 numbers
 
 
 # train.py
 
-def loss_inputs(net, B=4):
-    x_t, z_t, t, y = inputs(net, B)
-    eps_z = normal(*z_t.shape, seed=8) if net.r else None
-    return x_t, z_t, y, t, normal(*x_t.shape, seed=7), eps_z
+BRIEF = "train.py --steps 8 --ckpt_every 4 --log_every 2 --sample_steps 4 --batch_size 16"
+FLAGS = BRIEF.removeprefix("train.py ")
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    """A folder where `python train.py` has just run, briefly: prepared/digits and out are there.
+    From here on few digits are judged, for speed."""
+    folder, here, threads = tmp_path_factory.mktemp("work"), os.getcwd(), torch.get_num_threads()
+    train.finish.__defaults__ = 25,
+    os.chdir(folder)
+    data.prepare_digits()
+    torch.set_num_threads(1)                             # sums of other threads are other bits
+    main(train, FLAGS)
+    os.chdir(here)
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture
+def digits(workdir):
+    return data.LatentDataset(str(workdir / "prepared/digits"), 4)
+
+
+@pytest.fixture
+def one_thread(workdir, monkeypatch):
+    """As workdir was made, and there."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.chdir(workdir)
+    yield
+    torch.set_num_threads(n)
+
+
+def joint_loss(net, d=0, **settings):
+    """train.JointLoss of size T."""
+    torch.manual_seed(0)
+    return train.JointLoss(net, {"model": "SiT-T/2", "p_drop_y": 0.0, "p_drop_z": 0.0,
+                                 "lam_z": 1.0, "repa": 0.0} | settings, d)
+
+
+def batch_for(net):
+    """Arguments of JointLoss for 4 samples, of which 1 and 3 lose z if --p_drop_z is 0.5."""
+    x, z, _, y = inputs(net)
+    noise = train.sample_noise(0, 0, 4, slice(None), net)
+    del noise["eps_vae"]
+    noise["u"][:, 2] = torch.tensor([0.9, 0.1, 0.5, 0.4])
+    return {"x": x, "z": z, "y": y, "f": None} | noise
 
 
 @pytest.mark.parametrize("name", ["SiT-T/2", "DiT-T/2"])
-def test_z_is_dropped_per_sample_in_the_input_and_in_the_loss(name):
-    net = tiny(name)
-    x, z, y, t, eps_x, eps_z = loss_inputs(net)
-    dropped, seen = torch.tensor([False, True, False, True]), []
-
-    def spy(x_t, z_t, t, y):
-        seen.append(z_t)
-        return net(x_t, z_t, t, y)
-
-    loss_x, loss_z = train.joint_loss(spy, net.process, x, z, y, t, eps_x, eps_z, dropped)
-    assert (seen[0].flatten(1) == 0).all(1).tolist() == (loss_z == 0).tolist() == dropped.tolist()
-    kept_x, kept_z = train.joint_loss(net, net.process, x, z, y, t, eps_x, eps_z, dropped & False)
-    assert loss_z[~dropped].allclose(kept_z[~dropped])
-    assert loss_x[~dropped].allclose(kept_x[~dropped])
-    assert not loss_x[dropped].allclose(kept_x[dropped])
-    assert (loss_x > 0).all() and (kept_z > 0).all()
-
-
-def test_a_dropped_samples_z_reaches_no_gradient():
-    net = tiny().requires_grad_(True)
-    x, z, y, t, eps_x, eps_z = loss_inputs(net)
-    gradients = []
+def test_z_is_dropped_per_sample_in_input_loss_and_gradient(name, monkeypatch):
+    """Through the same function as in guidance."""
+    net, seen, drop_z = tiny(name).requires_grad_(True), [], model.drop_z
+    monkeypatch.setattr(model, "drop_z", lambda *args: seen.append(drop_z(*args)) or seen[-1])
+    batch, dropped = batch_for(net), torch.tensor([False, True, False, True])
+    kept, gradients = joint_loss(net)(**batch), []
     for other in (0, 100):
         net.zero_grad()
-        loss_x, loss_z = train.joint_loss(net, net.process, x, z + other, y, t, eps_x, eps_z,
-                                          torch.ones(4, dtype=torch.bool))
-        (loss_x + loss_z).mean().backward()
+        batch["z"] += other * dropped.view(-1, 1, 1, 1)
+        losses = joint_loss(net, p_drop_z=0.5)(**batch)
+        losses["loss"].mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     assert torch.equal(*gradients) and gradients[0].abs().max() > 0
-
-
-def test_dropout_and_guidance_null_z_through_one_function(monkeypatch):
-    net, calls, drop_z = tiny(), [], model.drop_z
-    monkeypatch.setattr(model, "drop_z",
-                        lambda z, dropped: calls.append(len(z)) or drop_z(z, dropped))
-    x, z, y, t, eps_x, eps_z = loss_inputs(net)
-    train.joint_loss(net, net.process, x, z, y, t, eps_x, eps_z, torch.zeros(4, dtype=torch.bool))
-    sample.guided(net, y, w_r=2)((x, z), 0.5)
-    assert calls == [4, 8]
-
-
-def objective(net, d=0, **settings):
-    """train.Objective of size T, its random weights ours."""
-    settings = {"model": "SiT-T/2", "p_drop_y": 0.0, "p_drop_z": 0.0, "lam_z": 1.0,
-                "repa": 0.0} | settings
-    torch.manual_seed(0)
-    return train.Objective(net, settings, d)
-
-
-def test_a_batchs_loss_drops_and_weighs_as_the_settings_say():
-    net = tiny()
-    x, z, y, t, *_ = loss_inputs(net)
-    draws = (t, *train.draw(0, 0, 4, ALL, net)[1:-1])
-
-    def loss(y=y, z=z, **settings):
-        return objective(net, **settings)(x, z, y, None, *draws)[0].mean()
-
-    x_alone = loss(lam_z=0)
-    assert loss(lam_z=0.5).item() == pytest.approx((x_alone + loss()).item() / 2)
-    assert loss(p_drop_y=1) == loss(y=torch.full_like(y, 10)) != loss()
-    assert loss(p_drop_z=1) == loss(p_drop_z=1, z=z + 1) and loss(p_drop_z=1) < loss()
-    _, _, counts = objective(net, p_drop_z=0.5)(x, z, y, None, *draws)
-    assert counts[1] == (draws[2] >= 0.5).sum()                         # kept
+    for is_dropped in (seen[-1].flatten(1) == 0).all(1), losses["loss_z"] == 0, ~losses["kept"]:
+        assert torch.equal(is_dropped, dropped)
+    assert losses["loss"][~dropped].allclose(kept["loss"][~dropped])
+    assert not losses["loss_x"][dropped].allclose(kept["loss_x"][dropped])
+    assert (losses["loss_x"] > 0).all() and (kept["loss_z"] > 0).all() and kept["kept"].all()
+    sample.guided(net, batch["y"], w_r=2)((batch["x"], batch["z"]), 5)
+    assert len(seen) == 4 and not seen[3][4:].any() and seen[3][:4].all()
+    losses = joint_loss(net, lam_z=0.5, p_drop_y=1)(**batch)
+    other = joint_loss(net)(**batch | {"y": torch.full((4,), 10)})
+    assert losses["loss"].allclose(other["loss_x"] + 0.5 * other["loss_z"])
+    assert not losses["loss_x"].allclose(kept["loss_x"])
 
 
 @pytest.mark.parametrize("fusion", model.FUSIONS)
 def test_repa_aligns_xs_tokens_after_block_2_of_size_t(fusion):
     """Its loss is 1 - half the squared distance of unit vectors, less 1; z dropped or not."""
-    net, f = tiny(fusion=fusion), normal(4, 6, 2, 2, seed=9)
-    x, z, y, t, *_ = loss_inputs(net)
-    draws = (t, *train.draw(0, 0, 4, ALL, net)[1:-1])
-    both = objective(net, d=6, repa=0.5, p_drop_z=0.5)
-    seen = []
+    net, f, seen = tiny(fusion=fusion), normal(4, 6, 2, 2, seed=9), []
+    batch, both = batch_for(net), joint_loss(net, d=6, repa=0.5, p_drop_z=0.5)
     net.blocks[1].register_forward_hook(lambda block, given, out: seen.append(out))
-    alone = objective(net, p_drop_z=0.5)(x, z, y, None, *draws)[0]
-    loss, _, counts = both(x, z, y, f, *draws)
+    alone = joint_loss(net, p_drop_z=0.5)(**batch)["loss"]
+    losses = both(**batch | {"f": f})
     tokens = both.projector(seen[0][:, :16])                            # x's come first
     wanted = torch.nn.functional.interpolate(f, size=(4, 4), mode="bilinear").flatten(2).mT
     unit = [part / part.norm(dim=-1, keepdim=True) for part in (tokens, wanted)]
     repa = (unit[0] - unit[1]).square().sum(-1).mean(1) / 2 - 1
-    assert loss.allclose(alone + 0.5 * repa, atol=1e-5)
-    assert counts[5].item() == pytest.approx(repa.sum().item(), rel=1e-5)
-    assert [layer.weight.shape for layer in both.projector[::2]] == [
-        (2048, 128), (2048, 2048), (6, 2048)]
+    assert losses["loss_repa"].allclose(repa, atol=1e-5)
+    assert losses["loss"].allclose(alone + 0.5 * repa, atol=1e-5)
 
 
-def test_draws_are_functions_of_seed_and_step_and_place():
-    net = tiny()
-    one, again, other = (train.draw(0, step, 6, ALL, net) for step in (3, 3, 4))
-    *one, none = one
-    assert none is None                                               # no codec, nothing to draw
-    assert all(torch.equal(a, b) for a, b in zip(one, again))
-    assert all(not torch.equal(a, b) for a, b in zip(one, other))
-    part = train.draw(0, 3, 6, slice(2, 4), net)                      # another process's, alone
-    assert all(torch.equal(a[2:4], b) for a, b in zip(one, part))
-    u, u_y, u_z, eps_x, eps_z = one
-    *_, eps_vae = train.draw(0, 3, 6, ALL, net, from_codec=True)
-    assert eps_vae.shape == eps_x.shape and not torch.equal(eps_vae, eps_x)
-    assert eps_x.shape == (6, 2, 8, 8) and eps_z.shape == (6, 3, 8, 8)
-    assert len({*u.tolist(), *u_y.tolist(), *u_z.tolist()}) == 18 and u.shape == (6,)
-    assert eps_x.flatten(1).unique(dim=0).shape == (6, 128)           # no two samples' are alike
-    none = train.draw(0, 3, 6, ALL, tiny(fusion="none"))
-    assert none[4] is None and torch.equal(none[3], eps_x)            # x's noise for every fusion
-
-
-def test_draws_are_uniform_and_normal():
-    u, u_y, u_z, eps_x, eps_z, _ = train.draw(0, 0, 512, ALL, tiny())
-    for numbers, cdf in ((u, "uniform"), (u_y, "uniform"), (u_z, "uniform"), (eps_x, "norm"),
-                         (eps_z, "norm")):
-        assert scipy.stats.kstest(numbers.flatten().numpy(), cdf).pvalue > 1e-3
-    assert eps_x.mean(0).abs().max() < 5 / 512 ** 0.5                 # generators, too, are apart
-
-
-def test_ema_ramps_up_and_averages():
-    net, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    expected = 0.0
-    with torch.no_grad():
-        for p in ema.parameters():
-            p.zero_()
-        for step in range(20):
-            for p in net.parameters():
-                p.fill_(step)
-            train.update_ema(ema, net, 0.9, step)
-            decay = min(0.9, (1 + step) / (10 + step))
-            expected = decay * expected + (1 - decay) * step
-    assert ema.weight.item() == pytest.approx(expected, rel=1e-5) and 15 < expected < 19
+def test_noise_is_the_textbooks_and_a_function_of_seed_step_and_place_alone():
+    net, parts = tiny(), {"u": 3, "eps_x": 2, "eps_vae": 2, "eps_z": 3}
+    one, other, many = (train.sample_noise(*of, slice(None), net, True)
+                        for of in ((0, 3, 6), (0, 4, 6), (0, 0, 512)))
+    part = train.sample_noise(0, 3, 6, slice(2, 4), net, True)         # another process's, alone
+    for name, channels in parts.items():
+        assert one[name].shape[:2] == (6, channels) and torch.equal(one[name][2:4], part[name])
+        assert not torch.equal(one[name], other[name])
+        for numbers in many[name].flatten(1).T[::20].numpy():          # generators, too, are apart
+            cdf = "uniform" if name == "u" else "norm"
+            assert scipy.stats.kstest(numbers, cdf).pvalue > 1e-4
+    assert one["u"].unique().numel() == 18 and not torch.equal(one["eps_x"], one["eps_vae"])
+    for fusion in model.FUSIONS:                                       # x's for every fusion
+        none = train.sample_noise(0, 3, 6, slice(None), tiny(fusion=fusion))
+        assert none["eps_vae"].numel() == 0 and torch.equal(none["eps_x"], one["eps_x"])
 
 
 def test_the_log_divides_z_by_kept_samples_and_splits_by_quarter():
-    loss_x, loss_z = torch.tensor([1.0, 2, 3, 4]), torch.tensor([10.0, 0, 20, 0])
-    dropped, time = torch.tensor([False, True, False, True]), torch.tensor([0.0, 0.1, 0.3, 1.0])
-    loss_repa = torch.full((4,), -0.5)
-    sums = train.tally(loss_x + 0.5 * loss_z, loss_x, loss_z, loss_repa, dropped, time)
-    sums = torch.cat([sums, torch.tensor([4 * 3.0])])                    # norm 3, for 4 samples
+    losses = {"loss": torch.tensor([6.0, 2, 13, 4]), "loss_x": torch.tensor([1.0, 2, 3, 4]),
+              "loss_z": torch.tensor([10.0, 0, 20, 0]), "loss_repa": torch.full((4,), -0.5),
+              "kept": torch.tensor([True, False, True, False]),
+              "time": torch.tensor([0.0, 0.1, 0.3, 1.0])}               # quarter 0: the noisiest
+    sums = torch.cat([train.tally(losses), torch.tensor([4 * 3.0])])    # norm 3, for 4 samples
     entry = train.log_entry(7, sums + sums, {"fusion": "merged", "repa": 0.5}, 12.34, 0.0512)
     assert entry == {"step": 7, "loss": 6.25, "loss_x": 2.5, "loss_z": 15.0, "loss_repa": -0.5,
                      "loss_q0": 4.0, "loss_q1": 13.0, "loss_q2": None, "loss_q3": 4.0,
@@ -1340,99 +1300,74 @@ def test_the_log_divides_z_by_kept_samples_and_splits_by_quarter():
     assert "loss_z" not in entry and "loss_repa" not in entry
 
 
-def test_quarter_0_is_the_noisiest_for_both_processes():
-    flow, ddpm = model.Flow(), model.DDPM()
-    assert flow.data_time(torch.tensor([0.1])) < 0.25 and ddpm.data_time(torch.tensor([990])) < 0.25
-    x, eps = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
-    assert flow.add_noise(x, eps, torch.tensor([0.1])) < 0.2
-    assert ddpm.add_noise(x, eps, torch.tensor([990])) < 0.2
+def settings_for(flags, checkpoint=None):
+    return train.resolve(train.parser().parse_args(flags.split()), checkpoint)
 
 
-def settings_for(*flags, checkpoint=None):
-    given = vars(train.parser().parse_args(flags))
-    return train.resolve({k: v for k, v in given.items() if v is not None and k not in
-                          train.OF_THE_MACHINE}, checkpoint)
-
-
-def test_defaults_are_the_papers_but_for_size_t_on_digits():
-    xl = settings_for("--model", "SiT-XL/2")
-    assert (xl["data"], xl["lr"], xl["batch_size"], xl["steps"], xl["r"], xl["sample_steps"]) == (
-        "prepared/imagenet256", 1e-4, 256, 400_000, 8, 250)
-    assert (xl["fusion"], xl["lam_z"], xl["p_drop_z"], xl["p_drop_y"], xl["ema"]) == (
-        "merged", 1, 0.2, 0.1, 0.9999)
-    digits = settings_for()
-    assert (digits["model"], digits["data"], digits["batch_size"], digits["r"]) == (
-        "SiT-T/2", "digits", 128, 4)
-    assert settings_for("--data", "elsewhere")["lr"] == 1e-4
-
-
-@pytest.mark.parametrize("flags, words", [
-    ("--model SiT-Q/2", "SiT-T/2"), ("--fusion none --r 4", "--r"), ("--r 0", "--r"),
-    ("--fusion none --lam_z 1", "--lam_z"), ("--fusion none --p_drop_z 0.2", "--p_drop_z"),
-    ("--steps 0", "--steps"), ("--lr nan", "--lr"), ("--p_drop_z 1.5", "--p_drop_z"),
-    ("--batch_size 3", "--batch_size"), ("--model DiT-T/2 --sample_steps 1", "--sample_steps")])
-def test_impossible_settings_are_refused(flags, words):
-    with pytest.raises(data.UserError, match=words):
-        train.check(settings_for(*flags.split()), n_processes=2)
-
-
-def test_flags_that_contradict_the_checkpoint_are_refused():
-    checkpoint = {"settings": settings_for("--seed", "3", "--lam_z", "0.5")}
-    assert settings_for("--steps", "9", checkpoint=checkpoint)["lam_z"] == 0.5
-    assert settings_for("--seed", "3", checkpoint=checkpoint)["seed"] == 3
-    for flags in ("--seed 0", "--lam_z 1", "--model SiT-T/4", "--fusion none", "--r 2", "--lr 1",
-                  "--unconditional", "--data x", "--batch_size 2", "--ema 0", "--p_drop_z 0",
-                  "--p_drop_y 0"):
-        with pytest.raises(data.UserError, match=f"{flags.split()[0]} .*contradicts"):
-            settings_for(*flags.split(), checkpoint=checkpoint)
+def test_defaults_are_the_papers_but_for_size_t_on_digits_and_bind_who_continues():
+    paper = {"data": "prepared/imagenet256", "lr": 1e-4, "batch_size": 256, "steps": 400_000,
+             "z_channels": 8, "sample_steps": 250, "fusion": "merged", "lam_z": 1, "p_drop_z": 0.2,
+             "p_drop_y": 0.1, "ema": 0.9999, "repa": 0}
+    assert paper.items() <= settings_for("--model SiT-XL/2").items()
+    few = {"model": "SiT-T/2", "data": "digits", "batch_size": 128, "z_channels": 4}
+    assert few.items() <= settings_for("").items() and settings_for("--data x")["lr"] == 1e-4
+    assert settings_for("--repa")["repa"] == 0.5 and settings_for("--repa 2")["repa"] == 2
+    stored = settings_for("--seed 3 --lam_z 0.5")
+    assert settings_for("--steps 9 --seed 3", {"settings": stored}) == stored | {"steps": 9}
+    for flags in ("--seed 0", "--lam_z 1", "--model SiT-T/4", "--fusion none", "--z_channels 2",
+                  "--lr 1", "--unconditional", "--data x", "--batch_size 2", "--ema 0", "--repa",
+                  "--p_drop_z 0", "--p_drop_y 0", "--init x"):
+        with pytest.raises(UserError, match=f"{flags.split()[0]} .*contradicts"):
+            settings_for(flags, {"settings": stored})
 
 
 def losses(out):
     """The comparable part of log.jsonl: steps and losses."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [{name: line[name] for name in line if name not in ("images_per_s", "waited_percent")}
-            for line in lines if "loss" in line]
-
-
-def evaluations(out):
-    """The lines of --eval_every, without their time."""
-    rows = (json.loads(line) for line in (out / "log.jsonl").read_text().splitlines())
-    return [{name: row[name] for name in row if name != "eval_seconds"}
-            for row in rows if "eval_seconds" in row]
+            for line in lines]
 
 
 def same_weights(out_1, out_2, parts=("net", "ema")):
-    one, two = (sample.load_checkpoint(str(out / "ckpt.pt")) for out in (out_1, out_2))
+    one, two = (pretrained.load_checkpoint(str(out / "ckpt.pt")) for out in (out_1, out_2))
     return all(torch.equal(one[part][name], two[part][name])
                for part in parts for name in one[part])
 
 
-@pytest.fixture
-def one_thread():
-    """As run() computes: sums of other threads are other bits."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+def kill(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train_together(out, flags="", n_ranks=1, at_call=None, die=None):
-    """The exit codes of ranks that train as BRIEF says and more; at_call: (owner, name, k) is a
-    function whose k-th call is the end: by die(), or SIGKILL in the middle of it."""
+def ends_at(owner, name, k=0, die=kill):
+    """From here on, call k of that function, 0 the first, is the process's end, or what die is."""
+    function, calls = getattr(owner, name), iter(range(k))
+
+    def call_or_die(*args, **kwargs):
+        if next(calls, None) is None:
+            die(*args)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, call_or_die)
+
+
+def train_together(out, flags="", n_ranks=1, at_call=None):
+    """The exit codes of ranks that train as BRIEF says and more; at_call: ends_at()'s arguments."""
     def work():
         if at_call:
-            owner, name, k = at_call
-            function, calls = getattr(owner, name), iter(range(k))
-
-            def last_call(*args, **kwargs):
-                if next(calls, None) is None:
-                    (die or (lambda *args: os.kill(os.getpid(), signal.SIGKILL)))(*args)
-                return function(*args, **kwargs)
-
-            setattr(owner, name, last_call)
-        main(train, f"{BRIEF.removeprefix('train.py ')} --out {out} {flags}")
+            ends_at(*at_call)
+        main(train, f"{FLAGS} --out {out} {flags}")
 
     return in_ranks(work, n_ranks)
+
+
+def noted(path, function):
+    """function, which leaves a line in path_RANK whenever it is called."""
+    def note(*args, **kwargs):
+        with open(f"{path}_{run.rank_and_count()[0]}", "a") as file:
+            file.write("called\n")
+        return function(*args, **kwargs)
+
+    return note
 
 
 def torn_write(path, write):
@@ -1440,260 +1375,142 @@ def torn_write(path, write):
     with open(f"{path}.part", "wb") as file:
         write(file)
     os.truncate(f"{path}.part", 1000)
-    os.kill(os.getpid(), signal.SIGKILL)
+    kill()
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2])
+@pytest.mark.parametrize("n_ranks, flags", [(1, "--fusion none --repa --micro_batch_size 8"),
+                                            (2, "--micro_batch_size 4")])
 def test_killed_at_any_moment_a_run_ends_with_the_same_bits(
-        workdir, tmp_path, monkeypatch, n_ranks):
+        one_thread, tmp_path, monkeypatch, n_ranks, flags):
     """In an epoch's middle, in gradient accumulation, between the last renames of a checkpoint, in
-    the write of one; 16 of 40 rows a step, so that the third step begins another epoch."""
-    monkeypatch.chdir(workdir)
-    rows_of_step = data.rows_of_step
+    the write of one or of a line of the log, before results.json; 16 of 40 rows a step, so that
+    the third begins another epoch. One process reads the checksums."""
+    rows_of_step, whole, out = data.rows_of_step, tmp_path / "whole", tmp_path / "out"
     monkeypatch.setattr(data, "rows_of_step", lambda *args: rows_of_step(*args[:-1], 40))
-    flags = f"--micro_batch_size {8 // n_ranks} --ckpt_every 2 --keep_every 3"
-    assert train_together(tmp_path / "whole", flags, n_ranks) == [0] * n_ranks
-    moments = [((train.Objective, "forward", 1), None), ((train.Objective, "forward", 7), None),
-               ((os, "replace", 3), None), ((train, "write_whole", 1), torn_write),
-               ((train.Trainer, "update", 1), None)]
-    for at_call, die in moments:
-        codes = train_together(tmp_path / "out", flags, n_ranks, at_call=at_call, die=die)
+    monkeypatch.setattr(pretrained.zipfile.ZipFile, "testzip", noted(
+        tmp_path / "read_by", pretrained.zipfile.ZipFile.testzip))
+    flags += " --ckpt_every 2 --keep_every 3"
+    assert train_together(whole, flags, n_ranks) == [0] * n_ranks
+    for at_call in ((train.JointLoss, "forward", 1), (train.JointLoss, "forward", 7),
+                    (os, "replace", 3), (run, "write_whole", 1, torn_write),
+                    (train, "update_ema", 1), (train, "finish")):
+        codes = train_together(out, flags, n_ranks, at_call)
         assert -signal.SIGKILL in codes, (at_call, codes)
-    assert train_together(tmp_path / "out", flags, n_ranks) == [0] * n_ranks
-    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
-    assert len(losses(tmp_path / "out")) == 4 and same_weights(tmp_path / "out", tmp_path / "whole")
-    kept = {path.name for path in (tmp_path / "out").glob("ckpt*")}
-    assert kept == {"ckpt.pt", "ckpt_prev.pt", "ckpt_0000003.pt", "ckpt_0000006.pt"}
-
-
-def test_quality_is_measured_once_at_each_point_however_often_the_run_is_killed(
-        workdir, tmp_path, monkeypatch):
-    """Killed in a measurement, told to stop in one, killed after one whose checkpoint is there,
-    told to stop as the last step ends; by two processes, which share the samples. At the end it is
-    what anybody measures."""
-    monkeypatch.chdir(workdir)
-    monkeypatch.setattr(train, "JUDGED_AT_ONCE", 17)
-    stop = lambda *args: os.kill(os.getpid(), signal.SIGTERM)
-    flags = "--eval_every 3 --eval_n 50 --steps 6 --ckpt_every 100"
-    assert train_together(tmp_path / "whole", flags) == [0]
-    for at_call, die, code, saved in (
-            ((fid.Judge, "see", 1), None, -signal.SIGKILL, 3),
-            ((fid.Judge, "see", 0), stop, 128 + signal.SIGTERM, 3),
-            ((train.Trainer, "update", 1), None, -signal.SIGKILL, 3),
-            ((train.Trainer, "gradients", 1), stop, 128 + signal.SIGTERM, 6)):
-        codes = train_together(tmp_path / "out", flags, 2, at_call=at_call, die=die)
-        assert code in codes
-        assert sample.load_checkpoint(str(tmp_path / "out/ckpt.pt"))["step"] == saved
-    see = fid.Judge.see
-
-    def noted(self, images):
-        with open(tmp_path / f"seen_by_{os.environ['RANK']}", "a") as file:
-            file.write(f"{len(images)} ")
-        return see(self, images)
-
-    monkeypatch.setattr(fid.Judge, "see", noted)
-    assert train_together(tmp_path / "out", flags, 2) == [0, 0]
-    assert (tmp_path / "seen_by_1").read_text() == "17 "                 # the other has 17 and 16
-    measured = evaluations(tmp_path / "out")
-    assert [row["step"] for row in measured] == [3, 6]
-    for one, other in zip(evaluations(tmp_path / "whole"), measured, strict=True):
-        assert other == pytest.approx(one, rel=1e-3)
-    net, about = sample.load_model(str(tmp_path / "out/ckpt.pt"))
-    x, _ = sample.generate(net, torch.arange(50) % 10, about["settings"]["sample_steps"])
-    expected = fid.judge_digits(data.to_images(x), np.arange(50) % 10)
-    assert measured[1] == pytest.approx({"step": 6} | expected, rel=1e-3)
-
-
-def test_photographs_are_measured_against_training_images_or_a_given_reference(
-        photos, prepared, tmp_path, capsys, monkeypatch):
-    """By every 50th value of the pixels, for the sake of time."""
-    monkeypatch.setattr(fid.Space, "__call__", lambda self, images: (images.flatten(1)[:, ::50],))
-    folder = str(photos / "prepared")
-    flags = (f"--data {folder} --model SiT-T/2 --r 4 --steps 2 --batch_size 4 --sample_steps 3 "
-             f"--eval_every 2 --eval_n 6 --eval_features pixels --out {tmp_path}/")
-    source = data.Prepared(folder, 4)
-    images = data.decode(source.batch(source.examples(6))[0], source.meta)
-    np.savez(tmp_path / "reference.npz", arr_0=images)
-    for name, reference in (("a", ""), ("b", f"--eval_reference {tmp_path / 'reference.npz'}")):
-        main(train, f"{flags}{name} {reference}")
-    net, _ = sample.load_model(str(tmp_path / "a/ckpt.pt"))
-    x, _ = sample.generate(net, torch.arange(6) % net.n_classes, 3)
-    seen = [each.transpose(0, 3, 1, 2).reshape(6, -1)[:, ::50]
-            for each in (data.decode(x, source.meta), images)]
-    key, expected = "frechet_pixels_6_vs_6", fid.distance_of_features(*seen)
-    (row,), (other,) = evaluations(tmp_path / "a"), evaluations(tmp_path / "b")
-    assert set(row) == {"step", key} and row == other
-    assert row[key] == pytest.approx(expected, rel=1e-3)
-    assert f"step 2: {key} {row[key]:.2f}" in capsys.readouterr().out
-    for wrong, words in (("--eval_reference digits", "give images"), ("--eval_n 1", "at least 2"),
-                         ("--eval_features nonsense", "--eval_features nonsense cannot be had"),
-                         ("--eval_reference nowhere", "--eval_reference nowhere: no such file"),
-                         ("--eval_weights nowhere", "--eval_weights nowhere: no such file")):
-        with pytest.raises(data.UserError, match=words):
-            main(train, f"{flags}c {wrong}")
-
-
-def test_a_torn_log_line_is_dropped_and_what_is_there_is_repeated(workdir, tmp_path, monkeypatch,
-                                                                  one_thread):
-    """Killed while it saved step 8: the log goes beyond step 4's checkpoint, its end is torn."""
-    for file in ("ckpt_prev.pt", "log.jsonl"):
-        (tmp_path / file).write_bytes((workdir / "out" / file).read_bytes())
-    with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"step": 3}')                                        # its line end is missing
-    assert sample.load_checkpoint(str(tmp_path / "ckpt_prev.pt"))["step"] == 4
-    monkeypatch.chdir(workdir)
-    main(train, f"{BRIEF.removeprefix('train.py ')} --out {tmp_path}")
-    assert losses(tmp_path) == losses(workdir / "out") and len(losses(tmp_path)) == 4
-    assert same_weights(tmp_path, workdir / "out")
+        with open(out / "log.jsonl", "a") as file:
+            file.write('{"step": 3}')                                    # its line end is missing
+    assert train_together(out, flags, n_ranks) == [0] * n_ranks
+    assert losses(out) == losses(whole) and [line["step"] for line in losses(out)] == [2, 4, 6, 8]
+    assert same_weights(out, whole, ("net", "ema", "projector")[:4 - n_ranks])
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()} == {
+        ".lock", "ckpt.pt", "ckpt_prev.pt", "ema_0000003.pt", "ema_0000006.pt", "log.jsonl",
+        "results.json", "sheet.png"}
+    net, metadata = pretrained.load_model(str(out / "ema_0000006.pt"))
+    before = pretrained.load_checkpoint(str(out / "ckpt_prev.pt"))["ema"]    # of step 6, too
+    assert all(torch.equal(weight, before[name]) for name, weight in net.state_dict().items())
+    assert metadata["step"] == 6 and [path.name for path in tmp_path.glob("read_by*")] == [
+        "read_by_0"]
 
 
 @pytest.mark.parametrize("n_ranks, micro", [(1, 4), (2, 8), (2, 2)])
 def test_processes_and_micro_batches_change_a_step_by_its_summation_order_alone(
-        workdir, tmp_path, monkeypatch, n_ranks, micro):
-    monkeypatch.chdir(workdir)
-    flags = f"--micro_batch_size {micro}"
-    assert train_together(tmp_path, flags, n_ranks) == [0] * n_ranks
+        one_thread, workdir, tmp_path, monkeypatch, n_ranks, micro):
+    """Gradients of several processes meet once a step."""
+    monkeypatch.setattr(train.DistributedDataParallel, "no_sync", noted(
+        tmp_path / "apart", train.DistributedDataParallel.no_sync))
+    assert train_together(tmp_path, f"--micro_batch_size {micro}", n_ranks) == [0] * n_ranks
     for one, other in zip(losses(workdir / "out"), losses(tmp_path), strict=True):
         assert other == pytest.approx(one, rel=1e-4)
+    for path in tmp_path.glob("apart_*"):
+        assert path.read_text().count("called") == 8 * (8 // micro - 1)
 
 
-def test_gradients_of_several_processes_meet_once_a_step(workdir, tmp_path, monkeypatch):
-    """Counted where they meet, in the bucket's hook."""
-    monkeypatch.chdir(workdir)
-    wrap = train.DistributedDataParallel
-
-    def counting(module, **options):
-        parallel = wrap(module, **options)
-
-        def hook(process_group, bucket):
-            with open(tmp_path / f"meetings_{train.dist.get_rank()}", "a") as file:
-                file.write(f"{bucket.is_last()}\n")
-            return train.dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(
-                lambda future: future.value()[0])
-
-        parallel.register_comm_hook(None, hook)
-        return parallel
-
-    monkeypatch.setattr(train, "DistributedDataParallel", counting)
-    assert train_together(tmp_path, "--micro_batch_size 2", 2) == [0, 0]
-    for rank in (0, 1):
-        assert (tmp_path / f"meetings_{rank}").read_text().count("True") == 8
+class NoDoublesAnywhere(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails where a float64 tensor is made, but for numpy's tables on their way."""
+    def __torch_dispatch__(self, function, classes, args=(), options=None):
+        result = function(*args, **options or {})
+        if function is not torch.ops.aten.lift_fresh.default:
+            for part in torch.utils._pytree.tree_leaves(result):
+                assert not isinstance(part, torch.Tensor) or part.dtype != DOUBLE, function
+        return result
 
 
-def test_checkpointed_activations_are_computed_twice_to_the_same_bits(workdir):
-    figures = []
-    for flag in ("--no-grad_checkpointing", "--grad_checkpointing"):
-        trainer = train.Trainer(settings_for("--data", str(workdir / "prepared/digits")),
-                                train.parser().parse_args(["--no-bf16", flag]), torch.device("cpu"))
-        calls = []
-        for block in trainer.net.blocks:
-            block.register_forward_pre_hook(lambda *args: calls.append(1))
-        loss, _, norm = trainer.gradients(trainer.assemble(0)[1])
-        figures.append((len(calls), loss.tolist(), norm.item()))
-    assert [calls for calls, *_ in figures] == [4, 8] and figures[0][1:] == figures[1][1:]
-
-
-def test_a_trainers_average_ramps_up_with_its_steps(workdir):
-    trainer = train.Trainer(settings_for("--data", str(workdir / "prepared/digits")),
-                            train.parser().parse_args(["--no-bf16"]), torch.device("cpu"))
-    weight, average = trainer.net.blocks[0].mlp.fc1.weight, trainer.ema.blocks[0].mlp.fc1.weight
+@pytest.mark.parametrize("flags, calls_a_step", [
+    ("--repa --grad_clip 0.01 --micro_batch_size 8", 8), ("--model DiT-T/2", 4),
+    ("--model DiT-T/2 --grad_checkpointing", 8)])
+def test_a_step_clips_averages_and_checkpoints_as_told_on_its_device_without_float64(
+        one_thread, flags, calls_a_step):
+    """Apple's GPUs have none. The logged norm is that before clipping, the average's decay grows;
+    the forward pass runs on an imagined GPU, too."""
+    args = train.parser().parse_args(f"--no-bf16 --no-compile --batch_size 16 {flags}".split())
+    trainer, calls = train.Trainer(train.resolve(args), args, torch.device("cpu")), []
+    for block in trainer.net.blocks:
+        block.register_forward_pre_hook(lambda *args: calls.append(1))
+    weight, average = (net.final_layer.linear.weight for net in (trainer.net, trainer.ema))
     expected = weight.detach().clone()
-    for decay in (1 / 10, 2 / 11, 3 / 12):
-        trainer.gradients(trainer.assemble(trainer.step)[1])
-        trainer.update()
+    for k, decay in enumerate((1 / 10, 2 / 11)):
+        batch = trainer.load_batch(k)
+        with NoDoublesAnywhere():
+            trainer.training_step(batch)
+            sums = dict(zip(train.SUMS, trainer.total_sums()))
+        trainer.sums[:] = 0
         expected = decay * expected + (1 - decay) * weight.detach()
+        norm = torch.cat([param.grad.flatten() for param in trainer.params]).double().norm().item()
+        logged = sums["grad_norm"] / sums["n"]
+        assert logged > 0.1 and norm == pytest.approx(args.grad_clip or logged, rel=1e-3)
     assert average.allclose(expected, rtol=1e-5) and not average.allclose(weight, rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_compiled_training_takes_the_same_steps(workdir, tmp_path, monkeypatch):
-    """By inductor: forward, backward, twice computed activations, and two processes."""
-    monkeypatch.chdir(workdir)
-    run(f"{BRIEF} --compile --grad_checkpointing --out {tmp_path / 'one'}", workdir)
-    assert torchrun(f"{BRIEF} --compile --micro_batch_size 4 --out {tmp_path / 'two'}") == 0
-    for out in ("one", "two"):
-        for plain, compiled in zip(losses(workdir / "out"), losses(tmp_path / out), strict=True):
-            assert compiled == pytest.approx(plain, rel=1e-3)
-    checkpoint = sample.load_checkpoint(str(tmp_path / "two/ckpt.pt"))
-    assert set(checkpoint["net"]) == set(model.build(**checkpoint["arch"]).state_dict())
-
-
-def test_the_gradients_norm_is_logged_before_clipping(workdir):
-    trainer = train.Trainer(settings_for("--data", str(workdir / "prepared/digits")),
-                            train.parser().parse_args(["--no-bf16"]), torch.device("cpu"))
-    trainer.settings["grad_clip"] = 0.01
-    _, _, norm = trainer.gradients(trainer.assemble(0)[1])
-    grads = torch.cat([param.grad.flatten() for param in trainer.params])
-    assert norm > 0.1 and grads.norm().item() == pytest.approx(0.01, rel=1e-3)
-    assert (trainer.sums[-1] / trainer.sums[0]).item() == pytest.approx(norm.item(), rel=1e-5)
+    assert len(calls) == 2 * calls_a_step
+    with imagined_gpu():
+        trainer.loss.to("cuda")
+        batch = {name: values.to("cuda") for name, values in batch.items()}
+        xzyf = trainer.dataset.unpack([batch.get(name) for name in "xzyf"], batch["eps_vae"])
+        losses = trainer.loss(*xzyf, batch["u"], batch["eps_x"], batch["eps_z"])
+        assert {loss.device.type for loss in [*losses.values(), train.tally(losses)]} == {"cuda"}
 
 
 @pytest.mark.parametrize("number, times", [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
 def test_a_signal_saves_at_the_next_step_and_says_so(
-        workdir, tmp_path, monkeypatch, capfd, number, times):
+        one_thread, workdir, tmp_path, monkeypatch, capfd, number, times):
     """To one process of two, SIGTERM twice: both end, the other not before the checkpoint is there,
-    and going on ends where the undisturbed run does."""
-    monkeypatch.chdir(workdir)
+    and continuing ends where the undisturbed run does."""
     save, destroy = train.save_checkpoint, train.dist.destroy_process_group
-
-    def slowly(*args):
-        time.sleep(0.5)
-        save(*args)
 
     def send(*args):
         if os.environ["RANK"] == "1":
             for _ in range(times):
                 os.kill(os.getpid(), number)
 
-    def look_and_destroy():
-        there = (tmp_path / "ckpt.pt").exists()
-        (tmp_path / f"seen_by_{os.environ['RANK']}").write_text(str(there))
-        destroy()
-
-    monkeypatch.setattr(train, "save_checkpoint", slowly)
-    monkeypatch.setattr(train.dist, "destroy_process_group", look_and_destroy)
+    monkeypatch.setattr(train, "save_checkpoint", lambda *args: time.sleep(0.5) or save(*args))
+    monkeypatch.setattr(train.dist, "destroy_process_group", lambda: noted(
+        tmp_path / f"saved_{(tmp_path / 'ckpt.pt').exists()}", destroy)())
     codes = train_together(tmp_path, "--ckpt_every 100", 2,
-                           at_call=(train.Trainer, "gradients", 3), die=send)
-    assert codes[0] == 128 + signal.SIGTERM and codes[1] == 128 + number
-    assert [(tmp_path / f"seen_by_{rank}").read_text() for rank in "01"] == ["True", "True"]
-    saved = sample.load_checkpoint(str(tmp_path / "ckpt.pt"))["step"]
-    said = f"SIGTERM: saved {tmp_path}/ckpt.pt at step {saved}; the same command goes on"
+                           (train.Trainer, "training_step", 3, send))
+    assert codes == [128 + signal.SIGTERM, 128 + number]
+    assert sorted(path.name[6:] for path in tmp_path.glob("saved_*")) == ["True_0", "True_1"]
+    saved = pretrained.load_checkpoint(str(tmp_path / "ckpt.pt"))["step"]
+    said = f"SIGTERM: saved {tmp_path}/ckpt.pt at step {saved}; the same command continues"
     assert 3 <= saved <= 5 and said in capfd.readouterr().err
     assert train_together(tmp_path, "--ckpt_every 100", 2) == [0, 0]
     for one, other in zip(losses(workdir / "out"), losses(tmp_path), strict=True):
         assert other == pytest.approx(one, rel=1e-4)
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(
-        workdir, tmp_path, monkeypatch, capsys, one_thread):
-    """Cut short, and with one wrong byte, which its checksum finds out."""
-    monkeypatch.chdir(workdir)
-    for i, damage in enumerate((lambda whole: whole[:len(whole) // 2], flip_a_byte)):
-        shutil.copytree(workdir / "out", tmp_path / str(i))
-        path = tmp_path / str(i) / "ckpt.pt"
-        path.write_bytes(damage(path.read_bytes()))
-        main(train, f"{BRIEF.removeprefix('train.py ')} --out {tmp_path / str(i)}")
-        said = capsys.readouterr().err
-        assert "ckpt.pt is damaged" in said and "going on from" in said and "step 4" in said
-        assert losses(tmp_path / str(i)) == losses(workdir / "out")
-        assert (tmp_path / str(i) / "ckpt.pt.damaged").exists()
-    for name in ("ckpt.pt", "ckpt_prev.pt"):
-        (tmp_path / "0" / name).write_bytes(b"nothing")
-    shutil.copy(workdir / "out/ckpt.pt", tmp_path / "0/ckpt_0000008.pt")
-    with pytest.raises(data.UserError, match="ckpt.pt is damaged.*ckpt_prev.pt .*ckpt_0000008.pt"):
-        main(train, f"--out {tmp_path / '0'}")
+def test_a_second_training_is_refused_until_the_first_is_dead(one_thread, workdir, tmp_path,
+                                                              monkeypatch):
+    monkeypatch.setattr(run.locked.__wrapped__, "__defaults__", (0.1,))
+    halt = lambda *args: (tmp_path / "reached").touch() or time.sleep(60)
+    flags = f"{FLAGS} --out {tmp_path}"
+    pid = forked(lambda: ends_at(train, "update_ema", 5, halt) or main(train, flags), {})
+    while not (tmp_path / "reached").exists():
+        time.sleep(0.01)
+    refused(train, flags, f"another command is writing to {tmp_path}")
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    main(train, flags)
+    assert losses(tmp_path) == losses(workdir / "out")
 
 
-def test_trouble_in_reading_a_checkpoint_is_no_damage(workdir, tmp_path, monkeypatch):
-    shutil.copytree(workdir / "out", tmp_path / "out")
-
-    def broken_disk(*args):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(model.zipfile, "ZipFile", broken_disk)
-    with pytest.raises(OSError, match="Input/output"):
-        main(train, f"--out {tmp_path / 'out'}")
-    assert (tmp_path / "out/ckpt.pt").exists()
+def cut_short(whole):
+    return whole[:len(whole) // 2]
 
 
 def flip_a_byte(whole):
@@ -1701,202 +1518,190 @@ def flip_a_byte(whole):
     return whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]
 
 
-def test_a_full_disk_leaves_the_checkpoints_whole(workdir, tmp_path, monkeypatch):
-    """Files that may not grow beyond 1 MB behave like it, torch's own writer included."""
-    monkeypatch.chdir(workdir)
-    shutil.copytree(workdir / "out", tmp_path / "out")
-    before = content(tmp_path / "out", "*.pt")
-
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+@pytest.mark.parametrize("damage", [cut_short, flip_a_byte])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used_but_not_for_a_disks_trouble(
+        one_thread, workdir, tmp_path, monkeypatch, capsys, damage):
+    """Files that may not grow beyond 1 MB are a full disk, for torch's own writer, too."""
+    import resource
+    out, limits = shutil.copytree(workdir / "out", tmp_path / "out"), resource.RLIMIT_FSIZE
+    before = {path.name: path.read_bytes() for path in out.glob("*.pt")}
+    resource.setrlimit(limits, (1_000_000, resource.getrlimit(limits)[1]))
     try:
-        with pytest.raises(data.UserError, match="File too large.*whole: .*goes on"):
-            main(train, f"--out {tmp_path / 'out'} --steps 12 --ckpt_every 100")
+        with pytest.raises(SystemExit, match="File too large.*is kept.*same command"):
+            run.run_cli(train.main, train.parser().parse_args(["--steps", "9", f"--out={out}"]))
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert content(tmp_path / "out", "*.pt") == before
-    assert not list((tmp_path / "out").glob("*.part"))
+        resource.setrlimit(limits, (resource.getrlimit(limits)[1],) * 2)
+    assert {path.name: path.read_bytes() for path in out.glob("*.pt*")} == before
+    shutil.copy(workdir / "out/log.jsonl", out)
+    (out / "ckpt.pt").write_bytes(damage((out / "ckpt.pt").read_bytes()))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr(pretrained.zipfile, "is_zipfile", broken_disk)
+        main(train, f"--out {out}")
+    main(train, f"{FLAGS} --out {out}")
+    said = capsys.readouterr().err
+    assert "ckpt.pt is damaged" in said and "continuing from that, step 4" in said
+    assert losses(out) == losses(workdir / "out") and (out / "ckpt.pt.damaged").exists()
+    for name in ("ckpt.pt", "ckpt_prev.pt"):
+        (out / name).write_bytes(b"nothing")
+    refused(train, f"--out {out}", "damaged")
 
 
-def test_a_loss_that_is_not_finite_names_the_images_and_no_checkpoint_has_it(
-        workdir, tmp_path, monkeypatch):
-    """Row 5 is NaN: the run ends at the step that reads it, or the next."""
-    monkeypatch.chdir(workdir)
-    read, seen = data.Prepared.read, []
-
-    def spoiled(self, numbers):
-        x, *others = read(self, numbers)
-        x[torch.from_numpy(self.rows(numbers.numpy())) == 5] = float("nan")
-        return x, *others
-
-    monkeypatch.setattr(data.Prepared, "read", spoiled)
-    update = train.Trainer.update
-    monkeypatch.setattr(train.Trainer, "update",
-                        lambda self: seen.append(self.step) or update(self))
-    order = torch.cat([data.rows_of_step(0, step, 128, 1618) for step in range(13)])
-    step = order.tolist().index(5) // 128
-    with pytest.raises(data.UserError, match=fr"^step {step} is not finite: the loss of row 5 at t "
-                                             r"0\.\d+; the last"):
-        main(train, f"--steps 20 --ckpt_every 1 --out {tmp_path}")
-    assert max(seen) == step                                              # and no step after it
-    saved = sample.load_checkpoint(str(tmp_path / "ckpt.pt"))
-    assert saved["step"] == step and all(w.isfinite().all() for w in saved["net"].values())
+def broken_disk(*args):
+    raise OSError(errno.EIO, "Input/output error")
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_everywhere(
-        workdir, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(workdir)
+def test_what_is_not_finite_stops_the_run_everywhere_and_no_checkpoint_has_it(
+        one_thread, tmp_path, monkeypatch, capfd):
+    """A loss of one sample, by a NaN in its noise; a gradient, in one process of two alone."""
+    def spoil_loss(self, batch):
+        batch["eps_x"][3] = float("nan")
 
-    def spoil(trainer, parts):
-        if os.environ["RANK"] == "1" and trainer.step == 2:
+    def spoil_gradient(trainer, batch):
+        if os.environ["RANK"] == "1":
             trainer.params[0].register_hook(lambda grad: grad * float("inf"))
 
-    codes = train_together(tmp_path, "--ckpt_every 1", 2, at_call=(train.Trainer, "gradients", 2),
-                           die=spoil)
-    assert codes == [1, 1]
-    said = capfd.readouterr().err
-    assert said.count("step 2 is not finite: the gradient's norm is") == 2
-    assert sample.load_checkpoint(str(tmp_path / "ckpt.pt"))["step"] == 2
+    for name, k, spoil, n_ranks, steps in (("loss", 4, spoil_loss, 1, "5 to 6"),
+                                           ("gradient", 2, spoil_gradient, 2, "3 to 3")):
+        out, every = tmp_path / name, 3 if n_ranks == 1 else 1
+        assert train_together(out, f"--ckpt_every {every}", n_ranks,
+                              (train.Trainer, "training_step", k, spoil)) == [1] * n_ranks
+        assert capfd.readouterr().err.count(f"NaN or infinite in steps {steps}; no ") == n_ranks
+        saved = pretrained.load_checkpoint(str(out / "ckpt.pt"))
+        assert saved["step"] == 4 - n_ranks and losses(out)[-1]["step"] == 6 - 2 * n_ranks
+        assert all(weight.isfinite().all() for weight in saved["net"].values())
 
 
-def test_machines_that_do_not_share_a_disk_are_found_out(workdir, tmp_path, monkeypatch, capfd):
-    """Rank 1 looks for the checkpoint in another place."""
-    shutil.copytree(workdir / "out", tmp_path / "a/out")
-    (tmp_path / "b").mkdir()
-    for folder in "ab":
-        os.symlink(workdir / "prepared", tmp_path / folder / "prepared")
-    monkeypatch.chdir(tmp_path / "a")
-
-    def elsewhere(*args):
-        if os.environ["RANK"] == "1":
-            os.chdir(tmp_path / "b")
-
-    codes = train_together("out", "--steps 12", 2, at_call=(train, "newest_checkpoint", 0),
-                           die=elsewhere)
-    assert codes == [1, 1]
-    assert "different checkpoints (steps 8, 0), flags or data" in capfd.readouterr().err
+def test_other_data_and_disks_that_are_not_shared_are_found_out(
+        one_thread, workdir, tmp_path, monkeypatch, capfd):
+    """Rank 1 sees another folder of data; then the run is continued there."""
+    shutil.copytree(workdir / "prepared", tmp_path / "prepared")
+    meta = json.loads((tmp_path / "prepared/digits/meta.json").read_text())
+    (tmp_path / "prepared/digits/meta.json").write_text(json.dumps(meta | {"sha256": "another"}))
+    move = lambda *args: os.environ["RANK"] == "1" and os.chdir(tmp_path)
+    assert train_together(tmp_path / "out", "", 2, (train, "check", 0, move)) == [1, 1]
+    assert "see different checkpoints, flags or data" in capfd.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    refused(train, f"--out {workdir}/out --steps 9", "not the data that .*out was trained on")
 
 
-def start_weights(tmp_path, weights):
-    torch.save(weights, tmp_path / "weights.pt")
-    return str(tmp_path / "weights.pt")
+def test_results_json_says_whether_a_run_is_finished_and_restart_keeps_it(
+        one_thread, workdir, tmp_path, monkeypatch):
+    """The date of no file does. torchrun's own restart of --restart continues."""
+    out = shutil.copytree(workdir / "out", tmp_path / "out")
+    lines, results = losses(out), json.loads((out / "results.json").read_text())
+    assert lines[-1]["loss"] < lines[0]["loss"] and {"loss_x", "loss_z", "loss_q0"} <= set(lines[0])
+    assert {"step", "n_images", "frechet_pixels_25_vs_179", "classifier_accuracy_percent"} <= set(
+        results) and results["step"] == 8
+    for unfinished in ("", '{"step": 4}'):
+        os.utime(out / "ckpt.pt", (2e9, 2e9))
+        refused(train, f"--out {out}", "out is done, with 8 steps: raise --steps, or --restart")
+        (out / "results.json").write_text(unfinished)
+        main(train, f"--out {out}")
+        assert json.loads((out / "results.json").read_text()).keys() == results.keys()
+    assert losses(out) == lines and same_weights(out, workdir / "out")
+    with monkeypatch.context() as patch:
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        refused(train, f"--out {out} --restart", "is done, with 8 steps")
+    names = ["ckpt.pt", "ckpt_prev.pt", "log.jsonl", "results.json"]
+    before = [(out / name).read_bytes() for name in names]
+    refused(train, f"--restart --lr 1e30 --steps 6 --batch_size 8 --out {out}", "became NaN")
+    assert [(out / f"{name}.old").read_bytes() for name in names] == before
+    assert not [name for name in names if (out / name).exists()]
 
 
-@pytest.mark.parametrize("family", ["SiT", "DiT"])
-def test_a_plain_published_net_goes_on_with_redi_unchanged_at_step_0(tmp_path, family):
-    path = start_weights(tmp_path, {"ema": published(family, 0), "opt": 1,
-                                    "args": argparse.Namespace(lr=1)})
-    net = model.build(f"{family}-T/2", "merged", 3, 10, 4, 8).eval()
-    model.adopt(net, sample.load_model(path, f"{family}-T/2")[0])
-    x_t, z_t, t, y = peer_inputs(family)
-    with torch.no_grad():
-        pred_x, pred_z = net(x_t, z_t, t, y)
-        assert torch.equal(pred_x, model.load_published(published(family, 0), family)(
-            x_t, None, t, y)[0])
-    assert not pred_z.any() and not net.z_embedder.proj.weight.any()
-    net(x_t, z_t, t, y)[1].sub(1).square().mean().backward()
-    assert net.final_layer.linear_z.bias.grad.any()                     # and it learns
+def test_init_starts_from_the_average_and_is_not_needed_afterwards(one_thread, tmp_path):
+    torch.save(published("SiT", 3), tmp_path / "redi.pt")
+    path = shutil.copy("out/ckpt.pt", tmp_path / "start.pt")
+    flags = f"--batch_size 2 --sample_steps 2 --lr 1e-12 --out {tmp_path}/out --init"
+    refused(train, f"{flags} {tmp_path}/redi.pt", "--init .*redi.pt: it has 3 channels of z, this")
+    refused(train, f"{flags} {tmp_path}/none.pt", "--init .*none.pt: no such file")
+    main(train, f"--steps 1 {flags} {path}")
+    started = pretrained.load_checkpoint(f"{tmp_path}/out/ckpt.pt")["net"]
+    for name, weight in pretrained.load_checkpoint(path)["ema"].items():
+        assert started[name].allclose(weight, atol=1e-9)
+    os.remove(path)
+    main(train, f"--steps 2 {flags} {path}")
 
 
-def test_init_takes_our_checkpoint_redis_own_and_other_classes(workdir, tmp_path):
-    saved = sample.load_checkpoint(str(workdir / "out/ckpt.pt"))
-    net = model.build(**saved["arch"])
-    model.adopt(net, sample.load_model(str(workdir / "out/ckpt.pt"))[0])
-    assert all(torch.equal(w, net.state_dict()[name]) for name, w in saved["ema"].items())
-    path = start_weights(tmp_path, published("SiT", 3))
-    net = model.build("SiT-T/2", "separate", 3, 7, 4, 16)               # a larger image, too
-    fresh = net.y_embedder.embedding_table.weight.clone()
-    model.adopt(net, sample.load_model(path)[0])
-    table = net.y_embedder.embedding_table.weight
-    assert torch.equal(table[:-1], fresh[:-1])
-    assert torch.equal(table[-1], published("SiT", 3)["y_embedder.embedding_table.weight"][-1])
-    for args, words in ((("SiT-T/2", "merged", 4, 10, 4, 8), "3 channels of z, this run 4: take"),
-                        (("DiT-T/2", "merged", 3, 10, 4, 8), "DiT cannot become SiT"),
-                        (("SiT-S/2", "merged", 3, 10, 4, 8), "another model than"),
-                        (("SiT-T/2", "merged", 3, 10, 2, 8), "x_embedder.proj.weight is")):
-        with pytest.raises(ValueError, match=words):
-            model.adopt(model.build(*args), sample.load_model(path)[0])
-    digits = f"--data {workdir}/prepared/digits --out {tmp_path}/run --init"
-    (tmp_path / "broken.pt").write_bytes(b"nothing")
-    for flags, words in ((f"{digits} {path}", f"--init {path}: it has 3 channels of z, this run 8"),
-                         (f"{digits} {tmp_path}/broken.pt", "broken.pt is damaged, or neither"),
-                         (f"{digits} {tmp_path}/none", "none: no such file")):
-        with pytest.raises(data.UserError, match=words):
-            main(train, flags)
-    brief = f"{BRIEF.removeprefix('train.py ')} --data {workdir}/prepared/digits --out {tmp_path}/b"
-    main(train, f"{brief} --r 4 --init {shutil.copy(workdir / 'out/ckpt.pt', tmp_path / 'a.pt')}")
-    (tmp_path / "a.pt").unlink()                                        # not needed any more
-    main(train, f"{brief} --steps 10 --init {tmp_path / 'a.pt'}")
+@pytest.mark.parametrize("fusion", model.FUSIONS)
+def test_prepared_photos_train_and_sample_through_their_vae(photos, prepared, tmp_path, monkeypatch,
+                                                            fusion):
+    """x is drawn anew at every step, by noise of the sample's own."""
+    drawn, unpack = [], data.LatentDataset.unpack
+    monkeypatch.setattr(data.LatentDataset, "unpack", lambda self, stored, eps: (
+        drawn.append(eps) or unpack(self, stored, eps)))
+    main(train, f"--data {prepared.folder} --fusion {fusion} --steps 3 --batch_size 4 "
+                f"--sample_steps 3 --out {tmp_path}/out{' --z_channels 4' * (fusion != 'none')}")
+    net = tiny(fusion=fusion, r=4, x_channels=4)
+    for step, eps in enumerate(drawn):
+        noise = train.sample_noise(0, step, 4, slice(None), net, from_vae=True)
+        assert len(drawn) == 3 and torch.equal(eps, noise["eps_vae"])
+    main(sample, f"--ckpt {tmp_path}/out/ckpt.pt --n_samples 4 --out {tmp_path}/samples")
+    images = np.load(tmp_path / "samples/samples.npz")["arr_0"]
+    assert images.shape == (4, 32, 32, 3) and images.std() > 1
+    assert (tmp_path / "out/sheet.png").exists()
+    assert json.loads((tmp_path / "out/results.json").read_text()) == {"step": 3}
 
 
-def test_a_pickle_that_runs_code_is_no_weights(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    with pytest.raises(data.UserError, match="no plain weights are in it but posix.mkdir"):
-        sample.load_model(start_weights(tmp_path, {"ema": Evil()}), "SiT-T/2")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_published_variances_are_left_out_and_plain_nets_must_be_named():
-    with_sigma = published("SiT", 3, learn_sigma=True)
-    net = model.load_published(with_sigma)
-    assert type(net.process) is model.Flow and net.r == 3
-    rows = with_sigma["final_layer.linear.weight"].view(4, 14, 128)
-    assert torch.equal(net.final_layer.linear.weight.view(4, 4, 128), rows[:, :4])
-    assert torch.equal(net.final_layer.linear_z.weight.view(4, 3, 128), rows[:, 4:7])
-    plain = published("SiT", 0)
-    for weights, family, words in (
-            (plain, None, "look alike"), (plain, "DiT", "take SiT"), ({"a": 1}, None, "lack"),
-            (plain | {"blocks.4.attn.qkv.weight": 1}, "SiT", "5 blocks")):
-        with pytest.raises(ValueError, match=words):
-            model.load_published(weights, family)
+def test_without_its_vae_training_ends_well(photos, prepared, tmp_path, capsys):
+    gone = shutil.copytree(photos / "prepared", tmp_path / "prepared")
+    (gone / "meta.json").write_text(json.dumps(prepared.meta | {"vae": "gone"}))
+    main(train, f"--data {gone} --z_channels 4 --steps 2 --batch_size 4 --sample_steps 2 "
+                f"--preview_every 1 --out {tmp_path / 'out'}")
+    shown = capsys.readouterr()
+    assert "no preview: --vae gone" in shown.out + shown.err
+    assert "is complete, but there is no sheet.png" in shown.out
 
 
-def test_repa_without_kept_features_is_refused(photos, prepared, tmp_path):
-    with pytest.raises(data.UserError, match="--repa needs .*--keep_features"):
-        main(train, f"--data {photos / 'prepared'} --model SiT-T/2 --repa --out {tmp_path}")
+@pytest.mark.parametrize("flags, words", [
+    ("--model SiT-XL2", "SiT-XL/2"), ("--model SiT-XL/2", "python data.py --images"),
+    ("--fusion none --z_channels 4", "--z_channels"), ("--fusion none --lam_z 1", "--lam_z"),
+    ("--fusion none --p_drop_z 0.2", "--p_drop_z"), ("--fusion sum", "'sum'; choose from"),
+    ("--z_channels 0", "r >= 1"), ("--z_channels 99", "--z_channels 99 must be at most the 16"),
+    ("--steps 0", "--steps: 0 must be at least 1"), ("--lr nan", "--lr"), ("--lr 0", "--lr"),
+    ("--p_drop_z 1.5", "--p_drop_z"), ("--seed -1", "--seed"), ("--lr x", "--lr: invalid float"),
+    ("--batch_size 9 --micro_batch_size 4", "--batch_size 9.*--micro_batch_size"),
+    ("--model DiT-T/2 --sample_steps 1", "--sample_steps 1"), ("--device x", "--device x"),
+    ("--steps 7 --out out", "done"), ("--seed 5 --out out", "--seed 5 contradicts")])
+def test_mistakes_in_training_are_one_line_and_write_nothing(one_thread, workdir, capsys, flags,
+                                                             words):
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    refused(train, flags if "--out" in flags else f"{flags} --out new", words, capsys)
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
 
 
-def test_repa_instead_of_redi_goes_on_bit_for_bit(workdir, tmp_path, monkeypatch, one_thread):
-    monkeypatch.chdir(workdir)
-    flags = f"{BRIEF.removeprefix('train.py ')} --fusion none --repa --batch_size 4 "
-    main(train, flags + f"--out {tmp_path / 'whole'}")
-    main(train, flags + f"--steps 4 --out {tmp_path / 'out'}")
-    main(train, f"--out {tmp_path / 'out'} --steps 8")
-    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
-    assert same_weights(tmp_path / "out", tmp_path / "whole", ("net", "ema", "projector"))
-    main(sample, f"--ckpt {tmp_path / 'out/ckpt.pt'} --n 2 --out {tmp_path / 'samples'}")
-
-
-def test_compiled_blocks_compute_the_same():
-    net = tiny()
-    expected = net(*inputs(net))
-    for block in net.blocks:
-        block.compile(backend="aot_eager")
-    assert all(a.allclose(b, atol=1e-6) for a, b in zip(net(*inputs(net)), expected))
-    assert not any("_orig_mod" in name for name in net.state_dict())
-
-
-def test_training_imports_neither_timm_nor_diffusers_and_help_not_even_torch(workdir):
-    program = ("import runpy, sys; sys.argv = {argv}\n"
-               "try:\n    runpy.run_path({path!r}, run_name='__main__')\nfinally:\n"
-               "    print([m for m in ('torch', 'timm', 'diffusers') if m in sys.modules])")
-    for argv, loaded in ((["train.py", "--help"], "[]"), (
-            f"{BRIEF} --data prepared/digits --batch_size 2 --steps 1 --out {workdir}/imports"
-            .split(), "['torch']")):
-        said = subprocess.run([sys.executable, "-c", program.format(
-            argv=argv, path=str(HERE / "train.py"))], cwd=workdir, capture_output=True, text=True)
-        assert said.stdout.splitlines()[-1] == loaded, said
+def test_training_imports_neither_timm_nor_diffusers_and_help_not_even_torch():
+    for command, names in ((["train.py", "--help"], "torch|timm|diffusers"),
+                           (["-c", "import train"], "timm|diffusers")):
+        said = subprocess.run([sys.executable, "-X", "importtime", *command], cwd=HERE,
+                              capture_output=True, text=True)
+        assert said.returncode == 0 and not re.search(fr"\| +({names})\b", said.stderr)
 
 
 def test_the_process_that_dies_is_in_torchruns_summary_with_its_error(tmp_path, capfd):
     """And its line stands alone, before the summary."""
-    assert torchrun(f"train.py --data {tmp_path}/nothing --batch_size 4 --out {tmp_path}/out") == 1
+    assert torchrun(f"train.py --z_channels 4 --data {tmp_path}/none --out {tmp_path}/out") == 1
     said = capfd.readouterr().err
-    assert "error: no prepared data in" in said
+    assert "\nerror: no prepared data in" in f"\n{said}"
     assert "UserError" in said and "exitcode  : 1" in said, said
+
+
+@pytest.mark.slow
+def test_compiled_training_takes_the_same_steps(one_thread, workdir, tmp_path):
+    """By inductor: forward, backward, twice computed activations, and two processes."""
+    start(f"{BRIEF} --compile --grad_checkpointing --out {tmp_path / 'one'}", workdir)
+    assert torchrun(f"{BRIEF} --compile --micro_batch_size 4 --out {tmp_path / 'two'}") == 0
+    for out in ("one", "two"):
+        for plain, compiled in zip(losses(workdir / "out"), losses(tmp_path / out), strict=True):
+            assert compiled == pytest.approx(plain, rel=1e-3)
+    pretrained.load_model(str(tmp_path / "two/ckpt.pt"))                # no _orig_mod, no module
+
+
+@pytest.mark.slow
+def test_the_main_job_makes_digits_that_read_as_asked(tmp_path):
+    start("train.py", tmp_path)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["classifier_accuracy_percent"] >= 98
 
 
 # sample.py
@@ -1907,24 +1712,14 @@ STATE = 0.4, 5                                                          # t for 
 def call(net, y, **guidance):
     x_t, z_t, *_ = inputs(net)
     state = (x_t, z_t) if net.r else (x_t,)
-    return sample.guided(net, y, **guidance)(state, STATE[net.process.outputs - 1])
+    return sample.guided(net, y, **guidance)(state, STATE[net.diffusion.outputs - 1])
 
 
 def plain(net, y, z_factor=1):
     x_t, z_t, *_ = inputs(net)
-    t = torch.full((4,), STATE[net.process.outputs - 1])
+    t = torch.full((4,), STATE[net.diffusion.outputs - 1])
     preds = net(x_t, None if z_t is None else z_factor * z_t, t, y)
     return [pred for pred in preds if pred is not None]
-
-
-@pytest.mark.parametrize("name", ["SiT-T/2", "DiT-T/2"])
-@pytest.mark.parametrize("fusion", model.FUSIONS)
-def test_weights_of_one_are_one_plain_call(name, fusion):
-    net, y, sizes = tiny(name, fusion), torch.arange(4), []
-    net.blocks[0].register_forward_hook(lambda block, args, h: sizes.append(len(h)))
-    guided = call(net, y)
-    assert sizes == [4]
-    assert all(torch.equal(a, b) for a, b in zip(guided, plain(net, y), strict=True))
 
 
 @pytest.mark.parametrize("name", ["SiT-T/2", "DiT-T/2"])
@@ -1949,41 +1744,35 @@ def test_guidance_is_the_documented_formula(name):
 
 
 @pytest.mark.parametrize("name", ["SiT-T/2", "DiT-T/2"])
-def test_cfg_has_no_branch_outside_its_interval_and_rg_goes_on(name):
+@pytest.mark.parametrize("fusion", model.FUSIONS)
+def test_guidance_costs_a_branch_per_weight_and_none_outside_its_interval(name, fusion):
     """STATE is t = 0.4 for SiT; step 5 of 999, so 0.995 in flow time, for DiT."""
-    net, y, sizes = tiny(name), torch.arange(4), []
+    net, y, sizes = tiny(name, fusion), torch.arange(4), []
     net.blocks[0].register_forward_hook(lambda block, args, h: sizes.append(len(h)))
     at = 0.4 if name[0] == "S" else 1 - 5 / 999
     for interval, acts in (((0, 1), True), ((at, at), True), ((0, at - 1e-4), False),
                            ((at + 1e-4, 1), False)):
-        for w_r in (1, 1.5):
+        for w_r in (1, 1.5)[:1 + (net.r > 0)]:
             sizes.clear()
             result = call(net, y, w_cfg=3, w_r=w_r, cfg_interval=interval)
             assert sizes == [4 * (1 + acts + (w_r != 1))]
-            for a, b in zip(result, call(net, y, w_cfg=3 if acts else 1, w_r=w_r)):
+            for a, b in zip(result, call(net, y, w_cfg=3 if acts else 1, w_r=w_r), strict=True):
                 assert torch.equal(a, b)
-
-
-def test_guidance_costs_a_branch_per_weight_in_one_batch():
-    net, sizes = tiny(), []
-    net.blocks[0].register_forward_hook(lambda block, args, h: sizes.append(len(h)))
-    for weights in ({"w_cfg": 2}, {"w_r": 2}, {"w_cfg": 2, "w_r": 2}):
-        call(net, torch.arange(4), **weights)
-    assert sizes == [8, 8, 12]
+    assert all(torch.equal(a, b) for a, b in zip(call(net, y), plain(net, y), strict=True))
 
 
 MEAN, STD, N = 0.7, 0.3, 20_000                                         # of a Gaussian "data set"
 
 
-def gaussian_prediction(process):
+def gaussian_prediction(diffusion):
     """The exact network for data N(MEAN, STD^2)."""
     def predict(state, t):
-        flow, preds = process.outputs == 1, []
-        a, s = (t, 1 - t) if flow else (process.alpha[t].item(), process.sigma[t].item())
+        flow, preds = diffusion.outputs == 1, []
+        a, s = (t, 1 - t) if flow else (float(diffusion.alpha[t]), float(diffusion.sigma[t]))
         for x_t in state:
             away = (x_t - a * MEAN) / (a ** 2 * STD ** 2 + s ** 2)
-            x_hat, eps = MEAN + a * STD ** 2 * away, s * away
-            preds.append(x_hat - eps if flow else torch.cat([eps, -torch.ones_like(eps)], 1))
+            denoised, eps = MEAN + a * STD ** 2 * away, s * away
+            preds.append(denoised - eps if flow else torch.cat([eps, -torch.ones_like(eps)], 1))
         return preds
     return predict
 
@@ -1991,30 +1780,21 @@ def gaussian_prediction(process):
 @pytest.mark.parametrize("solver, steps, tolerance", [
     (sample.euler, 100, 0.01), (sample.heun, 20, 0.01), (sample.heun, 21, 0.02),
     (sample.euler_maruyama, 250, 0.02), (sample.ddpm, 250, 0.02), (sample.ddim, 250, 0.02)])
-def test_solvers_recover_a_gaussian(solver, steps, tolerance):
-    process = model.DDPM() if solver in (sample.ddpm, sample.ddim) else model.Flow()
-    seeds = iter(range(10_000))
+def test_solvers_recover_a_gaussian_in_as_many_calls_as_asked(solver, steps, tolerance):
+    diffusion = model.DDPM() if solver in (sample.ddpm, sample.ddim) else model.Flow()
+    seeds, times, predict = iter(range(10_000)), [], gaussian_prediction(diffusion)
 
     def noise():
         return [normal(N, 1, 1, 1, seed=next(seeds)) for _ in range(2)]
 
-    x, z = solver(gaussian_prediction(process), process, noise(), steps, noise)
-    for part in (x, z):
+    state = solver(lambda state, t: times.append(t) or predict(state, t), diffusion, noise(), steps,
+                   noise)
+    for part in state:
         assert part.mean().item() == pytest.approx(MEAN, abs=tolerance)
         assert part.std().item() == pytest.approx(STD, abs=tolerance)
-
-
-@pytest.mark.parametrize("steps", [50, 7])
-def test_every_solver_makes_as_many_calls_as_asked(steps):
-    for process, solvers in sample.SOLVERS.items():
-        for solver in solvers.values():
-            times, predict, start = [], gaussian_prediction(process()), [normal(2, 1, 1, 1)]
-            solver(lambda state, t: times.append(t) or predict(state, t), process(), start, steps,
-                   lambda: start)
-            assert len(times) == steps
-            assert times == sorted(times, reverse=process is model.DDPM)
-            assert times[0] == (999 if process is model.DDPM else 0)
-    assert times[-1] == 0                                               # DDPM's chain ends there
+    is_chain = diffusion.outputs == 2
+    assert len(times) == steps and times == sorted(times, reverse=is_chain)
+    assert times[0] == (999 if is_chain else 0) and (times[-1] == 0 or not is_chain)
 
 
 @pytest.mark.parametrize("solver, order", [(sample.euler, 1), (sample.heun, 2)])
@@ -2027,114 +1807,142 @@ def test_twice_the_steps_divide_the_odes_error_by_2_to_the_order(solver, order):
         assert a / b == pytest.approx(2 ** order, rel=0.1)
 
 
-@pytest.mark.parametrize("steps", [1000, 50, 10, 2])
-def test_ddim_equals_diffusers_first_order_solver(steps):
-    """DPM-Solver of order 1 is DDIM (2206.00927); this scheduler takes any timesteps."""
-    from diffusers import DPMSolverMultistepScheduler
-    scheduler = DPMSolverMultistepScheduler(1000, 1e-4, 0.02, "linear", solver_order=1,
-                                            final_sigmas_type="zero")
-    scheduler.set_timesteps(timesteps=[round(i * 999 / (steps - 1)) for i in range(steps)][::-1])
-    start = normal(2, 3, 4, 4, dtype=DOUBLE)
-    mix = 0.3 * normal(6, 3, dtype=DOUBLE)
-
-    def predict(state, t):
-        return [torch.einsum("oc,bchw->bohw", mix, state[0].tanh() + t / 1000).tanh()]
-
-    ours, = sample.ddim(predict, model.DDPM(), (start,), steps, None)
-    theirs = start
-    for t in scheduler.timesteps:
-        theirs = scheduler.step(predict([theirs], t.item())[0][:, :3], t, theirs).prev_sample
-    assert ours.abs().max() > 1 and (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
-
-
-@pytest.mark.parametrize("steps", [1000, 250, 7])
-def test_ddpm_equals_diffusers_from_the_same_noise(steps, monkeypatch):
-    from diffusers.schedulers import scheduling_ddpm
-    scheduler = scheduling_ddpm.DDPMScheduler(
-        1000, 1e-4, 0.02, "linear", variance_type="learned_range", clip_sample=False,
-        timestep_spacing="linspace")
-    scheduler.set_timesteps(steps)
-    shape = (2, 3, 4, 4)
-    noises = [normal(*shape, seed=s, dtype=DOUBLE) for s in range(steps)]
-    mix = 0.3 * normal(6, 3, dtype=DOUBLE)
+@pytest.mark.parametrize("steps", [1000, 250, 7, 2])
+@pytest.mark.parametrize("solver", [sample.ddim, sample.ddpm])
+def test_ddim_and_ddpm_equal_diffusers_from_the_same_noise(solver, steps, monkeypatch):
+    """Its DPM-Solver of order 1 is DDIM (2206.00927), and takes any timesteps."""
+    from diffusers.schedulers import scheduling_ddpm, scheduling_dpmsolver_multistep
+    if solver is sample.ddpm:
+        scheduler = scheduling_ddpm.DDPMScheduler(
+            1000, 1e-4, 0.02, "linear", variance_type="learned_range", clip_sample=False,
+            timestep_spacing="linspace")
+        scheduler.set_timesteps(steps)
+    else:
+        scheduler = scheduling_dpmsolver_multistep.DPMSolverMultistepScheduler(
+            1000, 1e-4, 0.02, "linear", solver_order=1, final_sigmas_type="zero")
+        scheduler.set_timesteps(timesteps=[round(i * 999 / (steps - 1))
+                                           for i in range(steps)][::-1])
+    noises = [normal(2, 3, 4, 4, seed=s, dtype=DOUBLE) for s in range(steps)]
+    mix, theirs = 0.3 * normal(6, 3, dtype=DOUBLE), noises[-1]
 
     def predict(state, t):
         out = torch.einsum("oc,bchw->bohw", mix, state[0].tanh() + t / 1000).tanh()
         return [torch.cat([out[:, :3] + 0.5 * state[0], out[:, 3:]], 1)]
 
     played = iter(noises)
-    ours, = sample.ddpm(predict, model.DDPM(), (noises[-1],), steps, lambda: [next(played)])
-    theirs, played = noises[-1], iter(noises)
+    ours, = solver(predict, model.DDPM(), [theirs], steps, lambda: [next(played)])
+    played = iter(noises)
     monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **kwargs: next(played))
     for t in scheduler.timesteps:
-        theirs = scheduler.step(predict([theirs], t.item())[0], t, theirs).prev_sample
+        pred = predict([theirs], t.item())[0][:, :6 if solver is sample.ddpm else 3]
+        theirs = scheduler.step(pred, t, theirs).prev_sample
     assert ours.abs().max() > 1 and (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+# every 101st value of the authors' SDE sampler: x and z from sde_noise(), 8 steps
+SDE_PEERS = {
+    "w_cfg": [-3.3404, 9.8652, 0.2055, 6.4317, -3.296, -3.4396, -7.5711, 8.0689, 6.3333, 7.7033],
+    "w_cfg both": [-3.4856, 10.3463, 0.2066, 6.8752, -2.9159, -3.2351, -8.7725, 8.5578, 6.603,
+                   9.0966],
+    "w_r both": [-4.2048, 9.1862, -1.3741, 5.1272, -5.256, -2.7983, -7.9823, 8.8805, 6.7101,
+                 8.3147]}
+
+
+def sde_noise(n=8):
+    return [normal(2, 7, 8, 8, seed=100 + i) for i in range(n)]
+
+
+def record_sde_peers(redi_folder):
+    """Print SDE_PEERS from zelaki/ReDi 58c65a8: the sampler of its sample_ddp.py, 7 steps to 0.96
+    and one of 0.04, with CFG of x alone, CFG of all and representation guidance."""
+    for name, part in (("torchdiffeq", "odeint"), ("diffusers.models", "AutoencoderKL")):
+        if not importlib.util.find_spec(name.split(".")[0]):             # imported, not needed
+            sys.modules[name.split(".")[0]] = sys.modules[name] = types.ModuleType(name)
+            setattr(sys.modules[name], part, None)
+    sys.path.insert(0, redi_folder)
+    from models import SiT
+    from transport import Sampler, create_transport
+    net = SiT(in_channels=7, learn_sigma=True, **PEER_CASES).eval()
+    net.load_state_dict(published("SiT", 3, learn_sigma=True))
+    solve = Sampler(create_transport()).sample_sde(diffusion_form="sigma", num_steps=8)
+    y, null = torch.tensor([3, 9]), torch.tensor([10, 10])
+    for name, function, labels, scale in (
+            ("w_cfg", net.forward_with_cfg_vae, null, {"cfg_scale": 2.4}),
+            ("w_cfg both", net.forward_with_cfg, null, {"cfg_scale": 2.4}),
+            ("w_r both", net.forward_with_rg, y, {"rg_scale": 1.5})):
+        first, *noise = [part.repeat(2, 1, 1, 1) for part in sde_noise()]
+        played, torch_randn = iter(noise), torch.randn
+        torch.randn = lambda *shape, **options: next(played)
+        with torch.no_grad():
+            state = solve(first, function, y=torch.cat([y, labels]), **scale)[-1][:2]
+        torch.randn = torch_randn
+        values = thinned(state[:, :4], state[:, 4:])
+        print(f'    "{name}": {[round(value, 4) for value in values]},')
 
 
 @pytest.mark.parametrize("peer", SDE_PEERS)
 def test_the_sde_with_guidance_equals_the_authors(peer):
     """Their forward_with_cfg_vae, forward_with_cfg and forward_with_rg under their sampler."""
-    net = model.load_published(published("SiT", 3, learn_sigma=True)).requires_grad_(False)
+    net = pretrained.load_published(published("SiT", 3, learn_sigma=True)).requires_grad_(False)
     weight, _, both = peer.partition(" ")
     guidance = {weight: 2.4 if weight == "w_cfg" else 1.5,
                 "cfg_on": both or "x", "rg_on": both or "x"}
     played = (list(noise.split([4, 3], 1)) for noise in sde_noise())
     state = sample.euler_maruyama(sample.guided(net, torch.tensor([3, 9]), **guidance),
-                                  net.process, next(played), 8, played.__next__)
+                                  net.diffusion, next(played), 8, played.__next__)
     assert thinned(*state) == pytest.approx(SDE_PEERS[peer], rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize("solver", [name for of in sample.SOLVERS.values() for name in of])
+def test_sampling_stays_on_its_device_without_float64(solver, monkeypatch):
+    """On an imagined GPU; its noise is made there, as other threads imagine nothing."""
+    def noise(net, seed, rows, device):
+        while True:
+            yield [torch.randn(len(rows), n, 8, 8, device=device) for n in (2, 3)]
+
+    monkeypatch.setattr(sample, "image_noise", noise)
+    net = tiny("SiT-T/2" if solver in sample.SOLVERS[model.Flow] else "DiT-T/2")
+    with imagined_gpu():
+        (rows, state), = sample.sample_batches(
+            net.to("cuda"), torch.arange(3), [0], 5, solver, batch_size=4, device="cuda",
+            w_cfg=2.0, w_r=1.5, cfg_on="both")
+    assert rows == range(3) and [part.shape for part in state] == [(4, 2, 8, 8), (4, 3, 8, 8)]
+    assert {(part.device.type, part.dtype) for part in state} == {("cuda", torch.float32)}
+
+
 @pytest.mark.parametrize("name", ["SiT-T/2", "DiT-T/2"])
-def test_image_i_does_not_depend_on_the_batch_size_or_on_n(name):
-    net, y = tiny(name), torch.arange(7)
-
-    def grey_levels(n, batch_size):
-        parts = sample.generate(net, y[:n], 5, batch_size=batch_size)
-        return [data.to_uint8(part).int() for part in parts]
-
-    whole = grey_levels(7, 7)
-    for n, batch_size in ((7, 3), (5, 4)):
-        for part, expected in zip(grey_levels(n, batch_size), whole):
-            assert (part - expected[:n]).abs().max() <= 1
-    draws = sample.image_noise(tiny(fusion="none"), 0, range(7), torch.device("cpu"))
-    by_three = sample.image_noise(tiny(), 0, range(7), torch.device("cpu"), threads=3)
-    for _ in range(3):
-        noise, = next(draws)
-        assert torch.equal(noise, next(by_three)[0])
-    assert torch.cdist(noise.flatten(1), noise.flatten(1)).fill_diagonal_(9).min() > 5
-
-
-def test_equal_batch_sizes_give_equal_bits():
-    net, y = tiny(), torch.arange(6)
-    x, z = sample.generate(net, y, 4, batch_size=4, w_cfg=2, w_r=1.5)
-    x_2, z_2 = sample.generate(net, y[:3], 4, batch_size=4, w_cfg=2, w_r=1.5)
-    assert torch.equal(x[:3], x_2) and torch.equal(z[:3], z_2)
-    assert not torch.equal(x, sample.generate(net, y, 4, batch_size=4, w_cfg=2, w_r=1.5, seed=1)[0])
-
-
-def test_the_noise_of_x_is_the_same_for_every_fusion():
-    nets = [tiny(fusion=fusion) for fusion in model.FUSIONS]
-    noises = [sample.image_noise(net, 0, range(3), torch.device("cpu")) for net in nets]
-    first, second = ([next(noise) for noise in noises] for _ in range(2))
-    for draws in (first, second):
-        assert torch.equal(draws[0][0], draws[1][0]) and torch.equal(draws[1][0], draws[2][0])
-    assert not torch.equal(first[0][0], second[0][0]) and len(first[0]) == 1
-    assert not torch.equal(first[1][0], first[1][1][:, :2])
+def test_image_i_depends_on_seed_and_i_alone(name):
+    """To one grey level; to the bit where the batch size is the same."""
+    net, y, how = tiny(name), torch.arange(7), {"steps": 5, "w_cfg": 2, "w_r": 1.5}
+    whole = sample.generate(net, y, batch_size=7, **how)
+    for n, batch_size in ((7, 3), (5, 4), (6, 7)):
+        for part, expected in zip(sample.generate(net, y[:n], batch_size=batch_size, **how), whole):
+            grey, wanted = (data.to_uint8(values).int() for values in (part, expected[:n]))
+            assert (grey - wanted).abs().max() <= 1
+            assert batch_size != 7 or torch.equal(part, expected[:n])
+    assert not torch.equal(whole[0], sample.generate(net, y, batch_size=7, seed=1, **how)[0])
+    noises = [sample.image_noise(tiny(fusion=fusion), 0, range(7), torch.device("cpu"))
+              for fusion in model.FUSIONS]
+    draws = [[next(noise) for noise in noises] for _ in range(2)]
+    for none, merged, separate in draws:                                # x's for every fusion
+        assert torch.equal(none[0], merged[0]) and torch.equal(merged[0], separate[0])
+        assert len(none) == 1 and not torch.equal(merged[0], merged[1][:, :2])
+    distinct = torch.cat([draws[0][0][0], draws[1][0][0]]).flatten(1)
+    assert torch.cdist(distinct, distinct).fill_diagonal_(9).min() > 5
 
 
 def test_bf16_is_the_networks_alone():
     net, y = tiny(), torch.arange(4)
-    net.blocks[0].register_forward_hook(lambda block, args, h: kinds.add(
-        (h.dtype, block.mlp.fc1(h).dtype)))
+    net.blocks[0].register_forward_hook(lambda block, args, h: kinds.add(block.mlp.fc1(h).dtype))
+    samples = []
     for bf16, dtype in ((False, torch.float32), (True, torch.bfloat16)):
         kinds = set()
-        x, z = sample.generate(net, y, 5, bf16=bf16)
-        assert x.dtype == z.dtype == torch.float32 and {inner for _, inner in kinds} == {dtype}
-        if not bf16:
-            exact = x
+        samples.append(sample.generate(net, y, 5, bf16=bf16))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):       # the solver's arithmetic
-            assert {part.dtype for part in call(net, y, w_cfg=2)} == {torch.float32}
-    assert 0 < (x - exact).abs().max() < 0.1 * exact.abs().max()
+            state = [*samples[-1], *call(net, y, w_cfg=2)]
+        assert kinds == {dtype} and {part.dtype for part in state} == {torch.float32}
+    exact, rounded = (x for x, _ in samples)
+    assert 0 < (rounded - exact).abs().max() < 0.1 * exact.abs().max()
 
 
 def test_labels_are_random_balanced_or_listed():
@@ -2147,7 +1955,7 @@ def test_labels_are_random_balanced_or_listed():
     assert data.classes_in_turn(5, 10).tolist() == [0, 2, 4, 6, 8]       # not the first five
     assert data.classes_in_turn(2, 0).tolist() == [0, 0]
     for labels, n_classes in (("10", 10), ("-1", 10), ("cat", 10), ("balanced", 0), ("0", 0)):
-        with pytest.raises(data.UserError, match="--labels"):
+        with pytest.raises(UserError, match="--labels"):
             sample.choose_labels(labels, 3, n_classes, 0)
 
 
@@ -2155,31 +1963,20 @@ def test_the_sheet_has_each_image_above_its_features():
     x, z = torch.full((3, 1, 8, 8), 1.0), torch.zeros(3, 4, 8, 8)
     z[1, 0] = 4                                                         # two deviations: full red
     images, z_std = data.to_images(x), [2.0, 1.0, 1.0, 1.0]
-    picture = np.asarray(sample.sheet(images, z, z_std, columns=2))
+    picture = np.asarray(sample.image_grid([("", images, z)], z_std, columns=2))
     assert picture.shape == (2 * (2 * 50 + 4) - 2, 2 * 50 + 2, 3)
     assert (picture[10, 10] == 255).all() and (picture[60, 10] == 128).all()
     assert picture[60, 60].tolist() == [255, 128, 128]
-    assert np.asarray(sample.sheet(images, None, None, columns=3)).shape == (52, 152, 3)
-    for r in (1, 2):
-        assert pca.colours(z[:, :r], z_std[:r]).shape == (3, 8, 8, 3)
-
-
-def test_the_versions_of_compare_start_from_the_same_noise():
-    net, y, how = tiny(), torch.arange(3), {"steps": 4, "seed": 1, "batch_size": 3}
-    versions = sample.compare(net, y, 2.0, 1.5, **how)
-    assert [name for name, *_ in versions] == ["no guidance", "CFG 2", "RG 1.5", "both"]
-    for (_, x, z), (w_cfg, w_r) in zip(versions, ((1, 1), (2, 1), (1, 1.5), (2, 1.5))):
-        for a, b in zip((x, z), sample.generate(net, y, w_cfg=w_cfg, w_r=w_r, **how)):
-            assert torch.equal(a, b)
-    assert [name for name, *_ in sample.compare(net, y, w_r=1.5, **how)] == ["no guidance",
-                                                                            "RG 1.5"]
+    assert np.asarray(sample.image_grid([("", images, None)], None, 3)).shape == (52, 152, 3)
     assert sample.z_std_of({"z_std": None}, z) == pytest.approx(z.numpy().std((0, 2, 3)))
     assert sample.z_std_of({"z_std": [1, 2]}, z) == [1, 2] and not sample.z_std_of({}, None)
 
 
-def test_the_pictures_of_the_command_line_name_their_rows(workdir, tmp_path, monkeypatch):
+def test_compare_and_trajectory_name_their_rows_and_start_from_the_same_noise(
+        workdir, tmp_path, monkeypatch):
     monkeypatch.chdir(workdir)
-    main(sample, f"--n 3 --w_cfg 2 --w_r 1.5 --steps 4 --compare --trajectory --out {tmp_path}")
+    main(sample, "--n_samples 3 --w_cfg 2 --w_r 1.5 --steps 4 --compare --trajectory "
+                 f"--out {tmp_path}")
     assert sorted(os.listdir(tmp_path)) == ["compare.png", "trajectory.png"]
     for name, versions in (("compare", 4), ("trajectory", 9)):
         picture = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
@@ -2188,12 +1985,19 @@ def test_the_pictures_of_the_command_line_name_their_rows(workdir, tmp_path, mon
         for i in range(versions):                                       # beside images alone
             assert left[100 * i + 2:100 * i + 50].min() < 128
             assert left[100 * i + 54:100 * i + 98].min() == 255
+    net, metadata = pretrained.load_model("out/ckpt.pt")
+    y, how = sample.choose_labels("random", 3, 10, 0), {"steps": 4, "batch_size": 3}
+    x, z = sample.generate(net, y, w_cfg=2, w_r=1.5, **how)
+    alone = sample.image_grid([("", data.to_images(x), z)], metadata["meta"]["z_std"])
     bottom = np.asarray(Image.open(tmp_path / "compare.png"))[302:402, -150:]
-    x, z = sample.generate(sample.load_model("out/ckpt.pt")[0],
-                           sample.choose_labels("random", 3, 10, 0), 4, w_cfg=2, w_r=1.5,
-                           batch_size=3)
-    alone = sample.sheet(data.to_images(x), z, data.Prepared("prepared/digits", 4).meta["z_std"])
     assert np.abs(bottom - np.asarray(alone).astype(int)[2:, -150:]).max() <= 1
+    versions = sample.compare(net, y, 2.0, 1.5, **how)
+    assert [name for name, *_ in versions] == ["no guidance", "CFG 2", "RG 1.5", "both"]
+    for (_, *state), (w_cfg, w_r) in zip(versions, ((1, 1), (2, 1), (1, 1.5), (2, 1.5))):
+        wanted = sample.generate(net, y, w_cfg=w_cfg, w_r=w_r, **how)
+        assert all(torch.equal(a, b) for a, b in zip(state, wanted))
+    versions = sample.compare(net, y, w_r=1.5, **how)
+    assert [name for name, *_ in versions] == ["no guidance", "RG 1.5"]
 
 
 @pytest.mark.parametrize("name, solver", [("SiT-T/2", "euler"), ("DiT-T/2", "ddim")])
@@ -2210,338 +2014,95 @@ def test_the_trajectory_shows_clean_estimates_and_ends_in_the_sample(name, solve
 
 
 def made(folder):
-    """samples.npz and sheet.png in bytes: np.savez writes no dates."""
+    """samples.npz and sheet.png in bytes."""
     return [(folder / name).read_bytes() for name in ("samples.npz", "sheet.png")]
 
 
-@pytest.fixture
-def many(workdir, tmp_path, monkeypatch):
-    """A function: sample.py on workdir's checkpoint with flags, into a folder of that name; and
-    what six batches of four made there in one go, as bytes."""
-    monkeypatch.chdir(workdir)
-    torch.set_num_threads(1)
+FEW = "--n_samples 22 --steps 3 --batch_size 4"
 
-    def make(out, flags="", batch_size=4):
-        main(sample, f"--n 22 --steps 3 --batch_size {batch_size} --out {tmp_path / out} {flags}")
+
+@pytest.fixture(scope="session")
+def whole(workdir, tmp_path_factory):
+    """Where `sample.py FEW` made six batches in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    start(f"sample.py {FEW} --out {folder}", workdir)
+    return folder
+
+
+@pytest.fixture
+def make(whole, workdir, tmp_path, monkeypatch, one_thread):
+    """A function: sample.py FEW with flags into a folder of that name below tmp_path -> made()."""
+    monkeypatch.chdir(workdir)
+
+    def make(out, flags=""):
+        main(sample, f"{FEW} --out {tmp_path / out} {flags}")
         return made(tmp_path / out)
 
-    yield make, make("whole"), tmp_path
-    torch.set_num_threads(2)
+    return make
 
 
-@contextlib.contextmanager
-def stopped_after(monkeypatch, n):
-    """The n-th writing of a batch stops the run in its middle: the images, but not their mark."""
-    left, write_rows = [n], data.write_rows
-
-    def write_or_stop(path, start, rows):
-        if path.endswith("done.npy"):
-            left[0] -= 1
-            if not left[0]:
-                raise KeyboardInterrupt
-        write_rows(path, start, rows)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, "write_rows", write_or_stop)
-        yield
+def no_disk(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bytes(many, monkeypatch, capsys):
-    make, whole, folder = many
-    batches, rows = sample.sample_batches, []
-    with stopped_after(monkeypatch, 3):
-        make("out")
-    assert np.load(folder / "out/done.npy").tolist() == [1] * 8 + [0] * 14
-    assert not (folder / "out/samples.npz").exists()
-    for flags, words in (("--w_r 1.5", "another --w_r: 1.0, now 1.5"), ("--seed 3", "--seed: 0"),
-                         ("--steps 4", "--steps: 3, now 4")):
-        with pytest.raises(data.UserError, match=words):
-            make("out", flags)
-    monkeypatch.setattr(sample, "sample_batches", lambda net, y, numbers, **options: (
-        rows.extend(numbers) or batches(net, y, numbers, **options)))
-    assert make("out") == whole and rows == [2, 3, 4, 5]                # of six; no other twice
-    assert sorted(os.listdir(folder / "out")) == ["samples.json", "samples.npz", "sheet.png"]
-    rows.clear()
-    assert make("out") == whole and rows == []                          # nothing to do any more
-    assert make("out", "--restart") == whole and len(rows) == 6
-    capsys.readouterr()
-    assert make("out", "--w_r 1.5")[0] != whole[0]                      # a finished one is replaced
-    assert "will be replaced: it has another --w_r: 1.0, now 1.5" in capsys.readouterr().out
-    made_with = json.loads((folder / "out/samples.json").read_text())["made_with"]
-    assert made_with["batch_size"] == 4 and made_with["torch"] == torch.__version__
+def dies_in(function, k):
+    """function, but its k-th call, 0 the first, is the process's end."""
+    calls = iter(range(k))
 
+    def call_or_die(*args):
+        if next(calls, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
 
-def test_a_run_goes_on_with_another_batch_size_and_restarts_if_told(many, monkeypatch):
-    make, whole, folder = many
-
-    def off(folder_of_others):
-        images, others = (np.load(folder / out / "samples.npz")["arr_0"].astype(int)
-                          for out in ("whole", folder_of_others))
-        return abs(images - others).max((1, 2, 3))
-
-    for out, flags, batch_size in (("seven", "", 7), ("anew", "--seed 1 --restart", 4)):
-        with stopped_after(monkeypatch, 4):
-            make(out)
-        assert np.load(folder / out / "done.npy").sum() == 12           # a batch of 7 and a part
-        make(out, flags, batch_size)
-    assert (off("seven") <= 1).all() and (off("anew") > 1).all()
-    make("whole_seven", batch_size=7)
-    assert (off("whole_seven") <= 1).all()
-
-
-def test_any_number_of_processes_make_the_same_images(many):
-    make, whole, folder = many
-    flags = f"--n 22 --steps 3 --batch_size 4 --out {folder / 'three'} --png"
-    assert in_ranks(lambda: main(sample, flags), 3) == [0, 0, 0]
-    images = np.load(folder / "three/samples.npz")
-    assert (images["arr_0"] == np.load(folder / "whole/samples.npz")["arr_0"]).all()
-    assert torchrun(f"sample.py --n 22 --steps 3 --batch_size 4 --out {folder / 'two'}") == 0
-    assert made(folder / "two") == whole
-    for i, image in enumerate(images["arr_0"]):
-        assert (np.asarray(Image.open(folder / f"three/png/{i:06d}.png")) == image).all()
-    assert len(os.listdir(folder / "three/png")) == 22
-    main(sample, f"--n 3 --steps 3 --out {folder / 'three'} --png")     # fewer: the rest goes
-    assert len(os.listdir(folder / "three/png")) == 3
-    main(sample, f"--n 3 --steps 3 --seed 1 --out {folder / 'three'}")  # other images: all go
-    assert not os.listdir(folder / "three/png")
-    main(sample, f"--n 3 --steps 3 --seed 1 --out {folder / 'three'} --png")    # of samples.npz
-    image = np.load(folder / "three/samples.npz")["arr_0"][2]
-    assert (np.asarray(Image.open(folder / "three/png/000002.png")) == image).all()
+    return call_or_die
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
-def test_killed_sampling_goes_on_with_any_number_of_processes(many, n_ranks):
-    make, whole, folder = many
-    flags = f"--n 22 --steps 3 --batch_size 4 --out {folder / 'out'}"
+def test_killed_at_any_moment_sampling_ends_in_the_same_bytes(
+        make, whole, tmp_path, monkeypatch, n_ranks):
+    """In parts, at the sheet, samples.npz, samples.json and after that, at random; also a run that
+    replaces other samples; the end by another number of processes."""
+    def until_killed(flags, moment):
+        if moment < 1:
+            signal.setitimer(signal.ITIMER_REAL, moment)                 # no handler: it ends
+        else:
+            run.write_whole = dies_in(run.write_whole, int(moment))
+        make("out", flags)
 
-    def until_killed():
-        write_rows, left = data.write_rows, [5 if n_ranks == 1 else 4]
-
-        def write_or_die(*args):
-            left[0] -= 1
-            if not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)                    # images are there, no mark
-            write_rows(*args)
-
-        data.write_rows = write_or_die
-        main(sample, flags)
-
-    assert -signal.SIGKILL in in_ranks(until_killed, n_ranks)
-    done = np.load(folder / "out/done.npy")
-    assert done.any() and not done.all()
-    assert in_ranks(lambda: main(sample, flags), 3 - n_ranks) == [0] * (3 - n_ranks)
-    assert made(folder / "out") == whole
-
-
-def test_all_processes_end_when_one_refuses(many, monkeypatch):
-    make, _, folder = many
-    with stopped_after(monkeypatch, 3):
-        make("out")
-
-    def work():
-        with pytest.raises(data.UserError) as error:
-            main(sample, f"--n 22 --steps 3 --w_r 2 --out {folder / 'out'}")
-        (folder / f"said_{os.environ['RANK']}").write_text(str(error.value))
-
-    assert in_ranks(work, 2) == [0, 0]
-    assert "another --w_r" in (folder / "said_0").read_text()
-    assert (folder / "said_1").read_text() == "another process stopped"
-
-
-def test_what_is_lost_or_left_over_is_noticed(many, monkeypatch):
-    make, whole, folder = many
-    with stopped_after(monkeypatch, 3):
-        make("out")
-    (folder / "out/images.npy").unlink()                                # not black images instead
-    assert make("out") == whole
-    (folder / "out/images.npy").write_bytes(b"killed while clearing up")
-    assert make("out") == whole and not (folder / "out/images.npy").exists()
-    (folder / "out/samples.npz").write_bytes(b"damaged")
-    assert make("out") == whole
-    (folder / "out/samples.json").write_text("{}")
-    with pytest.raises(data.UserError, match="samples.json is damaged.*--restart"):
-        make("out")
-
-
-def test_z_is_kept_if_asked(many):
-    make, whole, folder = many
-    make("out", "--n_sheet 5")
-    make("out", "--save_z --n_sheet 5")                                 # not there without z
-    with np.load(folder / "out/samples.npz") as file, np.load(folder / "whole/samples.npz") as all:
-        net, about = sample.load_model("out/ckpt.pt")
-        x, z = sample.generate(net, torch.from_numpy(file["y"]), 3, batch_size=4)
-        assert file["z"].dtype == np.float32 and (file["z"] == z.numpy()).all()
-        assert (file["arr_0"] == all["arr_0"]).all() and (all["arr_0"] == data.to_images(x)).all()
-    few = np.asarray(Image.open(folder / "out/sheet.png"))
-    assert (few == np.asarray(Image.open(folder / "whole/sheet.png"))[:102, :252]).all()
-
-
-@pytest.mark.parametrize("batch, rows", [(0, "0 to 3"), (5, "20 to 21")])
-def test_samples_that_are_not_finite_are_said_and_not_kept(many, monkeypatch, batch, rows):
-    make, _, folder = many
-    solve, factors = sample.euler_maruyama, iter([1] * batch + [np.nan] * 9)
-    monkeypatch.setitem(sample.SOLVERS[model.Flow], "sde", lambda *args: (
-        lambda factor: [part * factor for part in solve(*args)])(next(factors)))
-    with pytest.raises(data.UserError, match=f"samples {rows} hold NaN or infinity"):
-        make("out")
-    assert np.load(folder / "out/done.npy").sum() == 4 * batch
-    assert not (folder / "out/samples.npz").exists()
-
-
-def test_a_disk_that_fills_up_loses_no_image(many, monkeypatch):
-    make, whole, folder = many
-
-    def full(path, write):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pca, "write_whole", full)
-        patch.setattr(data, "write_json", lambda path, value: pathlib.Path(path).write_text(
-            json.dumps(value)))
-        with pytest.raises(data.UserError, match="No space left.*images.*in .*out.*same command"):
-            make("out")
-    assert np.load(folder / "out/done.npy").all()
-    assert make("out") == whole
-
-
-def test_published_weights_are_sampled_with_their_codec(photos, tmp_path, monkeypatch, capsys):
-    import safetensors.torch
-    import huggingface_hub
-    monkeypatch.chdir(tmp_path)
-    torch.save({"ema": published("SiT", 3, learn_sigma=True), "opt": 1}, "redi.pt")
-    safetensors.torch.save_file(published("SiT", 3, learn_sigma=True), "redi.safetensors")
-    torch.save(published("DiT", 0), "plain.pt")
-    few = f"--vae {photos / 'vae'} --n 3 --steps 2 --w_cfg 2"
-    main(sample, f"--ckpt redi.pt --out a --w_r 1.5 {few}")
-    warning, = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert "--w_r 1.5 needs" in warning and "redi.pt does not record" in warning
-    main(sample, f"--ckpt redi.safetensors --out b --w_r 1.5 {few}")
-    assert "warning" not in capsys.readouterr().err.replace("warning: --w_r 1.5 needs", "")
-    assert made(tmp_path / "a") == made(tmp_path / "b")
-    assert np.load("a/samples.npz")["arr_0"].shape == (3, 32, 32, 3)    # the codec's factor is 4
-    assert sample.read_settings("a/samples.json")["solver"] == "sde"
-    main(sample, f"--ckpt plain.pt --out c --model DiT-T/2 {few}")
-    assert sample.read_settings("c/samples.json")["solver"] == "ddpm"
-    assert "warning" not in capsys.readouterr().err
-    (tmp_path / "empty").mkdir()
-    for flags, words in (("plain.pt", "say which they are"), ("empty", "no checkpoint at empty"),
-                         ("redi.pt --model SiT-S/2", "--model SiT-S/2: redi.pt is SiT-T/2"),
-                         ("plain.pt --model SiT-T/2 --w_r 2", "--fusion none"),
-                         ("plain.pt --model SiT-T/2 --save_z", "--save_z"),
-                         ("redi.pt --labels 10", "classes 0 to 9"),
-                         ("redi.pt --solver ddim", "sde or euler or heun")):
-        with pytest.raises(data.UserError, match=words):
-            main(sample, f"--ckpt {flags} --out d --vae {photos / 'vae'}")
-    assert not os.path.exists("d")
-
-    cache = tmp_path / "hub/models--someone--net"                      # as the hub's client lays it
-    (cache / "refs").mkdir(parents=True)
-    (cache / "refs/main").write_text("abc")
-    (cache / "snapshots/abc").mkdir(parents=True)
-    (cache / "snapshots/abc/README.md").write_text("weights")
-    shutil.copy("redi.pt", cache / "snapshots/abc/net.pt")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    main(sample, f"--ckpt someone/net --out e --w_r 1.5 {few}")
-    assert made(tmp_path / "e") == made(tmp_path / "a")
-    shutil.copy("redi.pt", cache / "snapshots/abc/net_2.pt")
-    for name, words in (("someone/net", "2 files of weights"),
-                        ("zelaki/SiT-ReDi-XL-2", "no such file here.*of the hub.*give the path")):
-        with pytest.raises(data.UserError, match=words) as error:
-            main(sample, f"--ckpt {name} --out f")
-        assert "\n" not in str(error.value)
-
-
-def test_the_hub_is_asked_for_the_one_file_of_weights(monkeypatch, tmp_path):
-    import types
-    import huggingface_hub
-    names = [types.SimpleNamespace(rfilename=name) for name in ("README.md", "sub/net.pt")]
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options:
-                        types.SimpleNamespace(siblings=names))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args: args)
-    assert model.from_hub("zelaki/SiT-ReDi-XL-2") == ("zelaki/SiT-ReDi-XL-2", "sub/net.pt")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args: 1 / 0)
-    with pytest.raises(ValueError, match="division by zero.*give the path"):
-        model.from_hub("zelaki/SiT-ReDi-XL-2")
-    names.pop()
-    with pytest.raises(ValueError, match="0 files of weights"):
-        model.from_hub("zelaki/SiT-ReDi-XL-2")
-
-
-def test_solvers_that_do_not_suit_are_refused():
-    for name, solver, steps in (
-            ("SiT-T/2", "ddpm", 9), ("DiT-T/2", "sde", 9), ("DiT-T/2", "euler", 9),
-            ("DiT-T/2", None, 1001), ("SiT-T/2", "sde", 1), ("SiT-T/2", "euler", 0),
-            ("SiT-T/2", "ddim", 9), ("DiT-T/2", "heun", 9), ("DiT-T/2", "ddim", 1),
-            ("DiT-T/2", "ddim", 1001), ("SiT-T/2", "heun", 0)):
-        with pytest.raises(data.UserError, match="--s"):
-            sample.check_solver(name, solver, steps)
-    assert sample.check_solver("SiT-T/2", "euler", 1) == "euler"
-    assert sample.check_solver("DiT-T/2", None, 1000) == "ddpm"
-
-
-@pytest.mark.parametrize("fusion, n_classes, p_drop_z, p_drop_y, flags, words", [
-    ("merged", 10, 0, 0.1, "--w_r 1.5", "--p_drop_z > 0"),
-    ("none", 10, 0, 0.1, "--w_r 1.5", "--fusion none"),
-    ("merged", 0, 0.2, 0.1, "--w_cfg 2", "--unconditional"),
-    ("merged", 10, 0.2, 0, "--w_cfg 2", "--p_drop_y > 0")])
-def test_guidance_that_the_model_was_not_trained_for_is_refused(
-        fusion, n_classes, p_drop_z, p_drop_y, flags, words):
-    checkpoint = {"arch": {"fusion": fusion, "n_classes": n_classes},
-                  "settings": {"p_drop_z": p_drop_z, "p_drop_y": p_drop_y}}
-    with pytest.raises(data.UserError, match=words):
-        sample.check_guidance(checkpoint, sample.parser().parse_args(flags.split()))
-    sample.check_guidance(checkpoint, sample.parser().parse_args([]))
+    make("out", "--seed 1")
+    for flags, *moments in (("--restart", 2), ("", 2), ("", *np.random.uniform(0, 0.5, 2)), ("", 6),
+                            ("", 1)):
+        for moment in moments:
+            print(flags, moment, in_ranks(lambda: until_killed(flags, moment), n_ranks))
+    assert in_ranks(lambda: make("out"), 3 - n_ranks) == [0] * (3 - n_ranks)
+    assert made(tmp_path / "out") == made(whole)
 
 
 # fid.py
 
-def test_frechet_distance_has_the_closed_form_of_commuting_gaussians():
-    rng = np.random.default_rng(0)
-    basis, _ = np.linalg.qr(rng.normal(size=(8, 8)))
-    mu_1, mu_2, var_1, var_2 = rng.normal(size=8), rng.normal(size=8), rng.random(8), rng.random(8)
-    var_1[:3] = 0                                                       # singular
-    distance = fid.frechet_distance(mu_1, basis * var_1 @ basis.T, mu_2, basis * var_2 @ basis.T)
-    wanted = ((mu_1 - mu_2) ** 2).sum() + ((np.sqrt(var_1) - np.sqrt(var_2)) ** 2).sum()
-    assert distance == pytest.approx(wanted, rel=1e-6)
-
-
-def test_the_distance_is_exact_where_covariances_are_singular():
-    """Fewer samples than channels: (sum of the roots' products)^2 in the closed form of commuting
-    covariances, and 0 for the same one."""
-    d, rank = 400, 40
-    basis = np.linalg.qr(normal(d, d, seed=1, dtype=DOUBLE).numpy())[0]
-    one, two = (np.r_[normal(rank, seed=seed, dtype=DOUBLE).numpy() ** 2, np.zeros(d - rank)]
-                for seed in (2, 3))
-    covs = [basis * values @ basis.T for values in (one, two)]
-    expected = np.square(np.sqrt(one) - np.sqrt(two)).sum()
-    mu = np.zeros(d)
-    assert fid.frechet_distance(mu, covs[0], mu, covs[1]) == pytest.approx(expected, rel=1e-9)
-    few = normal(50, d, seed=4, dtype=DOUBLE).numpy()
-    cov = np.cov(few.T)
-    assert fid.frechet_distance(mu, cov, mu, cov) < 1e-10 * np.trace(cov)
-    cross = np.linalg.norm(scipy.linalg.svdvals((few - few.mean(0)) @ basis * np.sqrt(one)), 1)
-    apart = fid.frechet_distance(mu, cov, mu, covs[0])                    # they do not commute
-    assert apart == pytest.approx(np.trace(cov) + one.sum() - 2 * cross / 7, rel=1e-9)
-
-
-def test_frechet_distance_equals_scipys_square_root():
+def test_frechet_distance_is_scipys_and_exact_where_covariances_are_singular():
     rng = np.random.default_rng(0)
     one, two = rng.normal(size=(50, 6)), rng.normal(size=(60, 6)) @ rng.normal(size=(6, 6)) + 1
-    moments = [one.mean(0), np.cov(one.T), two.mean(0), np.cov(two.T)]
-    root = scipy.linalg.sqrtm(moments[1] @ moments[3]).real
-    wanted = ((moments[0] - moments[2]) ** 2).sum() + np.trace(moments[1] + moments[3] - 2 * root)
+    mu, cov, mu_2, cov_2 = moments = [one.mean(0), np.cov(one.T), two.mean(0), np.cov(two.T)]
+    root = scipy.linalg.sqrtm(cov @ cov_2).real
+    wanted = ((mu - mu_2) ** 2).sum() + np.trace(cov + cov_2 - 2 * root)
     assert fid.frechet_distance(*moments) == pytest.approx(wanted, rel=1e-9)
     assert fid.distance_of_features(one, two) == pytest.approx(wanted, rel=1e-9)
-    assert fid.distance_of_features(one, one[::-1]) == pytest.approx(0, abs=1e-9)
-
-
-def test_frechet_distance_refuses_nan_and_other_spaces():
-    mu, cov = np.zeros(3), np.eye(3)
-    for wrong in ((mu, cov, np.zeros(2), np.eye(2)), (mu, cov * np.nan, mu, cov)):
-        with pytest.raises(ValueError):
+    for wrong, words in (((mu, cov, mu[:2], cov[:2, :2]), "different spaces"),
+                         ((mu, cov, mu, cov[:5, :5]), "different spaces"),
+                         ((mu, cov * np.nan, mu, cov), "NaN")):
+        with pytest.raises(ValueError, match=words):
             fid.frechet_distance(*wrong)
+    d, rank = 400, 40                                                   # fewer images than channels
+    basis = np.linalg.qr(rng.normal(size=(d, d)))[0]
+    few, mu, var, var_2 = rng.normal(size=(50, d)), *(rng.random((3, d)) * (np.arange(d) < rank))
+    cov, diagonal, diagonal_2 = np.cov(few.T), basis * var @ basis.T, basis * var_2 @ basis.T
+    wanted = (mu ** 2).sum() + np.square(np.sqrt(var) - np.sqrt(var_2)).sum()    # they commute
+    assert fid.frechet_distance(mu, diagonal, 0 * mu, diagonal_2) == pytest.approx(wanted, rel=1e-9)
+    assert fid.frechet_distance(mu, cov, mu, cov) < 1e-10 * np.trace(cov)
+    cross = np.linalg.norm(scipy.linalg.svdvals((few - few.mean(0)) @ basis * np.sqrt(var)), 1)
+    assert fid.frechet_distance(mu, cov, mu, diagonal) == pytest.approx(
+        np.trace(cov) + var.sum() - 2 * cross / 7, rel=1e-9)            # they do not
 
 
 def inception_weights():
@@ -2591,112 +2152,22 @@ def record_inception_peer(folder):
         print(f"    {size}: {[float(f'{value:.5g}') for value in values]},")
 
 
-def test_inception_equals_torch_fidelitys():
-    net = fid.Inception(inception_weights())
+def test_inception_equals_torch_fidelitys(tmp_path, monkeypatch):
+    """Its distance is FID if its file has the published one's sha256, and only then."""
+    path = tmp_path / "weights.pth"
+    torch.save(inception_weights(), path)
+    space = fid.Space("inception", path)
     for size, peer in INCEPTION_PEER.items():
-        features = net(random_images(size))
+        features = space(random_images(size).permute(0, 2, 3, 1).numpy())
         assert [part.shape for part in features] == [(2, 2048), (2, 2023), (2, 1008)]
         assert thin_features(features) == pytest.approx(peer, rel=1e-4)
+    assert not space.published and not fid.is_published(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(fid, "INCEPTION", f"https://there/b-{digest[:8]}.pth")
+    assert fid.is_published(path)
     for wrong in ({}, "nowhere.pth"):
-        with pytest.raises((ValueError, OSError)):
+        with pytest.raises(ValueError, match="not the weights of the 2015 Inception"):
             fid.Inception(wrong)
-
-
-def test_other_weights_than_the_published_are_told_apart(tmp_path, monkeypatch):
-    (tmp_path / "a.pth").write_bytes(b"weights")
-    assert not fid.is_published(tmp_path / "a.pth")
-    monkeypatch.setattr(fid, "INCEPTION", "https://there/b-" + hashlib.sha256(
-        b"weights").hexdigest()[:8] + ".pth")
-    assert fid.is_published(tmp_path / "a.pth")
-
-
-def test_a_space_is_a_network_with_its_weights_and_settings(sets, tmp_path, capsys, monkeypatch):
-    """Features are timm's own pooled ones; moments of another pooling are of another space, and
-    weights of another network none."""
-    import timm
-    torch.manual_seed(0)
-    nets = {name: timm.create_model(name).eval() for name in ("test_vit", "test_resnet")}
-    for name, net in nets.items():
-        torch.save(net.state_dict(), f"{name}.pth")
-    net, images = nets["test_vit"], torch.from_numpy(sets[0]).permute(0, 3, 1, 2)
-    plain, large = (fid.Space("test_vit", "test_vit.pth", settings)
-                    for settings in (None, {"img_size": 192}))
-    mean, most = (fid.Space("test_resnet", "test_resnet.pth", settings)
-                  for settings in (None, {"global_pool": "max"}))
-    other = fid.Space("test_vit", "test_vit.pth", {"mean": 0.5, "std": 0.25})
-    config = timm.data.resolve_model_data_config(net)
-    x = torch.nn.functional.interpolate(images / 255, config["input_size"][1:], mode="bicubic",
-                                        antialias=True).clamp(0, 1)
-    timms = [torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std")]
-    for space, (shift, scale) in ((plain, timms), (other, (0.5, 0.25))):
-        with torch.no_grad():
-            expected = net.forward_head(net.forward_features((x - shift) / scale), pre_logits=True)
-        assert space(images)[0] == pytest.approx(expected.numpy(), abs=1e-5)
-    assert len({plain.weights, large.weights, other.weights}) == 3 and large.size == 192
-    assert mean.weights != most.weights
-    assert not torch.allclose(most(images)[0], mean(images)[0])
-    flags = "--features test_resnet --weights test_resnet.pth"
-    row = metrics_of(f"a.npz b.npz {flags} --save_stats kept.npz", capsys)
-    assert metrics_of(f"a.npz kept.npz {flags}", capsys) == row | {"reference": "kept.npz"}
-    for wrong, words in (
-            (f"a.npz kept.npz {flags} --features_kwargs global_pool=max", "give its images, or"),
-            ("a.npz b.npz --features test_vit --weights test_resnet.pth", "cannot be had"),
-            (f"a.npz b.npz {flags} --save_stats kept.npz", "is there already"),
-            (f"a.npz b.npz {flags} --save_stats kept", "must end in .npz"),
-            (f"a.npz b.npz {flags} --save_stats no/kept.npz", "no folder no"),
-            ("a.npz b.npz --features pixels --weights test_vit.pth", "means nothing"),
-            ("a.npz digits --features pixels", "judges of its own")):
-        with pytest.raises(data.UserError, match=words), monkeypatch.context() as early:
-            early.setattr(fid, "measure", None)                          # before any work
-            main(fid, wrong)
-    torch.save(inception_weights(), "inception.pth")
-    space = fid.Space("inception", "inception.pth")
-    assert "inception.pth is not pt_inception" in capsys.readouterr().err
-    assert [part.shape[1] for part in space(images[:1])] == [2048, 2023, 1008]
-
-
-def test_images_are_enlarged_as_tensorflow_1_did():
-    """Pixel i of the result lies at i * n / size: a ramp stays one, up to its last pixel."""
-    ramp = torch.arange(5.0).expand(1, 3, 4, 5)
-    at = (torch.arange(20) * 5 / 20).clamp(max=4)
-    assert fid.tf1_resize(ramp, 20)[0, 2, 7].allclose(at)
-    assert fid.tf1_resize(ramp.mT, 20)[0, 1, :, 3].allclose(at)
-    assert torch.equal(fid.tf1_resize(ramp[..., :4], 4), ramp[..., :4])
-
-
-def test_inception_score_is_the_exponent_of_the_mean_kl_per_split(monkeypatch):
-    monkeypatch.setattr(fid, "SPLIT", 30)
-    logits = 3 * normal(70, 10).numpy()
-    score = fid.InceptionScore()
-    for start in range(0, 70, 8):
-        score.update(logits[start:start + 8])
-    expected = []
-    for part in (logits[:30], logits[30:60], logits[60:]):
-        p = np.exp(part) / np.exp(part).sum(1, keepdims=True)
-        expected.append(np.exp(np.mean([scipy.stats.entropy(row, p.mean(0)) for row in p])))
-    assert score.score == pytest.approx(np.mean(expected), rel=1e-9)
-    certain = fid.InceptionScore()                                      # of ten classes
-    certain.update(100 * np.eye(10))
-    assert certain.score == pytest.approx(10)
-
-
-def test_precision_and_recall_are_those_of_scikit_learns_neighbours():
-    from sklearn.neighbors import NearestNeighbors
-    samples, reference = normal(80, 4), 1.5 * normal(60, 4, seed=1) + 0.5
-
-    def inside(points, centres):
-        distances, _ = NearestNeighbors(n_neighbors=4).fit(centres).kneighbors(centres)
-        away = np.linalg.norm(points[:, None] - centres[None], axis=2)
-        return (away <= distances[:, 3]).any(1).mean()                  # 0 is the point itself
-
-    expected = inside(samples.numpy(), reference.numpy()), inside(reference.numpy(),
-                                                                  samples.numpy())
-    for block in (7, 512):
-        assert fid.precision_and_recall(samples, reference, block=block) == pytest.approx(expected)
-    assert 0.3 < expected[1] < expected[0] < 1
-    assert fid.precision_and_recall(samples, samples) == (1, 1)
-    with pytest.raises(ValueError, match="more than 3"):
-        fid.precision_and_recall(samples, reference[:3])
 
 
 @pytest.fixture
@@ -2720,805 +2191,347 @@ def metrics_of(flags, capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_images_are_the_same_from_every_kind_of_source(sets, capsys):
+def test_a_space_is_a_network_with_its_weights_and_settings(sets, capsys, monkeypatch):
+    """Features are timm's own pooled ones, in float32 on GPUs, too; moments of another pooling are
+    of another space."""
+    import timm
+    nets = {name: timm.create_model(name).eval() for name in ("test_vit", "test_resnet")}
+    for name, net in nets.items():
+        torch.save(net.state_dict(), f"{name}.pth")
+    net, images = nets["test_vit"], torch.from_numpy(sets[0]).permute(0, 3, 1, 2)
+    plain, large, other = (fid.Space("test_vit", "test_vit.pth", settings) for settings in (
+        None, {"img_size": 192}, {"mean": 0.5, "std": 0.25}))
+    x = torch.nn.functional.interpolate(images / 255, (160, 160), mode="bicubic", antialias=True)
+    timms = [torch.tensor(net.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std")]
+    for space, (shift, scale) in ((plain, timms), (other, (0.5, 0.25))):
+        x_in = (x.clamp(0, 1) - shift) / scale
+        expected = net.forward_head(net.forward_features(x_in), pre_logits=True).detach().numpy()
+        assert space(sets[0])[0] == pytest.approx(expected, abs=1e-5)
+    assert len({plain.weights, large.weights, other.weights}) == 3 and large.size == 192
+    seen, cudnn = [], torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "allow_tf32", True)
+    plain.net.register_forward_hook(lambda *_: seen.append((cudnn.enabled, cudnn.allow_tf32)))
+    plain(sets[0])
+    assert seen == [(True, False)] and plain.weights == pretrained.weights_hash(net)
+    flags = "--features test_resnet --weights test_resnet.pth"
+    row = metrics_of(f"a.npz b.npz {flags} --save_stats kept", capsys)
+    assert metrics_of(f"a.npz kept {flags}", capsys) == row | {"reference": "kept"}
+    monkeypatch.setattr(fid, "measure", None)                            # before any work
+    for wrong, words in (
+            (f"a.npz kept {flags} --features_kwargs global_pool=max", "give its images, or"),
+            (f"a.npz b.npz {flags} --features_kwargs global_pool=", "not .B, d."),
+            ("a.npz b.npz --features test_vit --weights test_resnet.pth", "cannot be had"),
+            ("a.npz b.npz --weights test_resnet.pth", "not the weights of the 2015 Inception"),
+            ("a.npz b.npz --weights nowhere", "no file nowhere"),
+            ("a.npz b.npz --save_stats kept", "kept is there already"),
+            ("a.npz b.npz --save_stats no/kept", "its folder is not"),
+            ("a.npz b.npz --batch_size 0", "at least 1"),
+            ("a.npz b.npz --features pixels --weights test_vit.pth", "--weights means nothing"),
+            ("a.npz b.npz --features_kwargs mean=1", "--features_kwargs means nothing"),
+            ("a.npz digits --features pixels", "judges of its own"),
+            ("a.npz digits", r"images of \(9, 8\)")):
+        refused(fid, wrong, words, capsys)
+
+
+def test_precision_and_recall_are_those_of_scikit_learns_neighbours():
+    from sklearn.neighbors import NearestNeighbors
+    samples, reference = normal(80, 4), 1.5 * normal(60, 4, seed=1) + 0.5
+
+    def inside(points, centres):
+        distances, _ = NearestNeighbors(n_neighbors=4).fit(centres).kneighbors(centres)
+        away = np.linalg.norm(points[:, None] - centres[None], axis=2)
+        return (away <= distances[:, 3]).any(1).mean()                  # 0 is the point itself
+
+    expected = [inside(*(pair.numpy() for pair in pairs))
+                for pairs in ((samples, reference), (reference, samples))]
+    for block in (7, 1024):
+        assert fid.precision_and_recall(samples, reference, block=block) == pytest.approx(expected)
+    assert 0.3 < expected[1] < expected[0] < 1
+    assert fid.precision_and_recall(samples, samples) == (1, 1)
+    with pytest.raises(ValueError, match="more than 3"):
+        fid.precision_and_recall(samples, reference[:3])
+
+
+def test_images_are_the_same_from_every_kind_of_source(sets, tmp_path, capsys):
+    """What a file is, its content says, not its name; and it is read in batches."""
     a, b = sets
-    for path in ("a.npz", "a.npy", "a"):
-        images = fid.Images(path)
-        assert (images.n, images.size) == (12, (9, 8))
-        for workers in (0, 2):
-            parts = list(images.batches(5, workers))
-            assert [len(part) for part in parts] == [5, 5, 2]
-            assert (torch.cat(parts).permute(0, 2, 3, 1).numpy() == a).all()
     expected = fid.distance_of_features(*(part.reshape(12, -1) / 127.5 - 1 for part in (a, b)))
-    shuffled = np.random.default_rng(1).permutation(a)
-    np.save("shuffled.npy", shuffled)
-    for path in ("a.npz", "a.npy", "a", "shuffled.npy"):
-        row = metrics_of(f"{path} b.npz --features pixels --batch_size 5", capsys)
+    for path, copy in (("a.npz", "a.NPY"), ("a.npy", "images"), ("b.npz", "b.pt")):
+        shutil.copy(path, copy)
+    for path in ("a.npz", "a.NPY", "a.npy", "images", "a"):
+        for workers in (0, 2):
+            parts = list(fid.ImageSet(path).batches(5, workers))
+            assert [len(part) for part in parts] == [5, 5, 2] and (np.concatenate(parts) == a).all()
+        row = metrics_of(f"{path} b.pt --features pixels --batch_size 5", capsys)
         assert row["frechet_pixels_12_vs_12"] == pytest.approx(expected, rel=1e-4)
-    assert metrics_of("a a.npz --features pixels", capsys)[
-        "frechet_pixels_12_vs_12"] == pytest.approx(0, abs=1e-3)
-    row = metrics_of("a.npz b.npz --features pixels --save_stats b_stats.npz", capsys)
-    again = metrics_of("a.npz b_stats.npz --features pixels", capsys)
-    assert again["frechet_pixels_12_vs_12"] == row["frechet_pixels_12_vs_12"]
+    np.savez_compressed("large.npz", arr_0=np.zeros((300, 256, 256, 3), np.uint8))    # 60 MB
+    tracemalloc.start()
+    assert sum(len(part) for part in fid.ImageSet("large.npz").batches(10)) == 300
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 10e6
+
+
+class Quick:
+    """A space as inception is, of its three features quickly made."""
+    name, weights, device, published = "inception", "abc", "cpu", True
+    mix = [normal(216, d, seed=d).numpy() / 300 for d in (6, 5, 10)]
+
+    def __call__(self, images):
+        x = images.transpose(0, 3, 1, 2).reshape(len(images), -1).astype(np.float32)
+        return [x @ part for part in self.mix]
 
 
 def test_all_five_metrics_in_adms_layout(sets, capsys, monkeypatch):
-    """On an extractor that is quick; the reference stores moments, and images for the manifold."""
+    """The reference stores moments of all images, and some of these for the manifold. FID is what
+    the published Inception says of 50,000 samples: no other weights, and no fewer."""
     a, b = sets
-    mix = [normal(216, d, seed=d) / 300 for d in (6, 5, 10)]
-
-    class Quick:
-        name, weights, device = "inception", "abc", "cpu"
-
-        def __call__(self, images):
-            return [images.flatten(1).float() @ part for part in mix]
-
-    monkeypatch.setattr(fid, "Space", lambda *args: Quick())
-    row = metrics_of("a.npz b.npz", capsys)
-    f_a, f_b = ([part.numpy() for part in Quick()(torch.from_numpy(x).permute(0, 3, 1, 2))]
-                for x in (a, b))
-    assert row["fid"] == pytest.approx(fid.distance_of_features(f_a[0], f_b[0]), rel=1e-4)
-    assert row["sfid"] == pytest.approx(fid.distance_of_features(f_a[1], f_b[1]), rel=1e-4)
-    both = fid.precision_and_recall(torch.tensor(f_a[0]), torch.tensor(f_b[0]))
-    assert (row["precision"], row["recall"]) == both and 0 < min(both) and both[0] != both[1]
-    score = fid.InceptionScore()
-    score.update(f_a[2])
-    assert row["inception_score"] == pytest.approx(score.score) and row["n_samples"] == 12
+    space = Quick()
+    monkeypatch.setattr(fid, "Space", lambda *args: space)
+    monkeypatch.setattr(fid, "SPLIT", 5)
+    row, f_a, f_b = metrics_of("a.npz b.npz --batch_size 3", capsys), space(a), space(b)
+    for name, *both in (("fid", f_a[0], f_b[0]), ("sfid", f_a[1], f_b[1])):
+        assert row[f"{name}_12_vs_12"] == pytest.approx(fid.distance_of_features(*both), rel=1e-6)
+    assert 0.5 < row["precision"] < row["recall"] and (row["precision"], row["recall"]) == (
+        fid.precision_and_recall(torch.tensor(f_a[0]), torch.tensor(f_b[0])))
+    splits = [scipy.special.softmax(part.astype(float), 1) for part in np.split(f_a[2], [5, 10])]
+    scores = [np.exp(np.mean([scipy.stats.entropy(p, split.mean(0)) for p in split]))
+              for split in splits]                                      # exp of the mean KL
+    assert row["inception_score"] == pytest.approx(np.mean(scores), rel=1e-9)
+    assert row["n_samples"] == 12 and row["inception_score_splits"] == [5, 5, 2]
     moments = {"mu": f_b[0].mean(0), "sigma": np.cov(f_b[0].T), "mu_s": f_b[1].mean(0),
                "sigma_s": np.cov(f_b[1].T)}
     np.savez("adm.npz", arr_0=b[:6], **moments)                         # as VIRTUAL_imagenet256
-    adm = metrics_of("a.npz adm.npz", capsys)
-    assert adm["fid"] == pytest.approx(row["fid"], rel=1e-6) and adm["sfid"] == pytest.approx(
-        row["sfid"], rel=1e-6)
-    assert adm["recall"] == fid.precision_and_recall(torch.tensor(f_a[0]),
-                                                     torch.tensor(f_b[0][:6]))[1]
-    score = fid.InceptionScore()
-    score.update(Quick()(torch.from_numpy(b[:6]).permute(0, 3, 1, 2))[2])
-    as_samples = metrics_of("adm.npz b.npz", capsys)
-    assert as_samples["inception_score"] == pytest.approx(score.score)
-    assert as_samples["inception_score_splits"] == [6] and as_samples["fid"] < 1e-6
-    main(fid, "a.npz adm.npz")
-    assert "12 samples: below 50,000" in capsys.readouterr().out
+    adm = metrics_of("a.npz adm.npz --save_stats kept", capsys)
+    for name in ("fid", "sfid"):
+        assert adm[f"{name}_12_vs_stored"] == pytest.approx(row[f"{name}_12_vs_12"], rel=1e-6)
+    assert adm["recall"] == fid.precision_and_recall(*map(torch.tensor, (f_a[0], f_b[0][:6])))[1]
+    assert metrics_of("a.npz kept", capsys) == adm | {"reference": "kept"}
+    assert metrics_of("adm.npz b.npz", capsys)["inception_score_splits"] == [5, 1]
     np.savez("moments.npz", **moments)
-    kept = metrics_of("a.npz moments.npz --save_stats kept.npz", capsys)
-    assert metrics_of("a.npz kept.npz", capsys)["fid"] == kept["fid"]    # of an unknown number
     assert "precision" not in metrics_of("a.npz moments.npz", capsys)
     np.savez("wrong.npz", mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(data.UserError, match="different spaces"):
-        main(fid, "a.npz wrong.npz")
+    refused(fid, "a.npz wrong.npz", "different spaces")
+    for space.published, n, expected in (
+            (True, 50_000, ["fid", "sfid"]), (True, 49_999, ["fid_49999_vs_7", "sfid_49999_vs_7"]),
+            (False, 50_000, [f"frechet_inception{part}_50000_vs_7" for part in ("", "_spatial")])):
+        assert list(fid.compare(moments | {"n": n}, moments | {"n": 7}, space)) == expected
 
 
-def test_images_that_are_none_are_one_line(sets, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)     # not 5 s
-    a, b = sets
-    np.savez("floats.npz", arr_0=a / 255)
-    np.savez("one.npz", arr_0=a[:1])
-    np.savez("objects.npz", arr_0=np.array([{}, {}], object))
-    np.savez("other.npz", images=a)
-    (tmp_path / "text.npz").write_text("text")
-    os.mkdir("empty")
-    for name, mode, size in (("grey", "L", (8, 9)), ("clear", "RGBA", (8, 9)),
-                             ("mixed", "RGB", (9, 9))):
-        shutil.copytree("a", name)
-        Image.new(mode, size).save(f"{name}/000003.png")
-    shutil.copytree("a", "text")
-    (tmp_path / "text/000002.png").write_text("text")
-    shutil.copytree("a", "broken")
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)).save(
-        "broken/000002.png")                                            # in more than one piece
-    png = (tmp_path / "broken/000002.png").read_bytes()
-    last = png.rindex(b"IDAT")
-    (tmp_path / "broken/000002.png").write_bytes(png[:last] + b"!!!!" + png[last + 4:])
-    np.savez("flipped.npz", arr_0=np.tile(a, (8, 1, 1, 1)))
+def test_images_that_are_none_are_one_line(sets, tmp_path):
+    a, _ = sets
+    moments = {"mu": np.full(216, np.nan), "space": "pixels", "weights": ""}
+    for name, arrays in {
+            "floats": {"arr_0": a / 255}, "one": {"arr_0": a[:1]}, "other": {"images": a},
+            "objects": {"arr_0": np.array([{}, {}], object)}, "columns": {"arr_0": a.T.copy().T},
+            "large": {"arr_0": np.zeros((2, 60, 60, 3), np.uint8)}, "means": moments,
+            "nan": moments | {"sigma": np.eye(216)}, "flipped": {"arr_0": a}}.items():
+        np.savez(f"{name}.npz", **arrays)
     stored = bytearray((tmp_path / "flipped.npz").read_bytes())
     stored[len(stored) // 2] ^= 1                                       # seen as its end is read
-    (tmp_path / "flipped.npz").write_bytes(stored)
-    np.savez("means.npz", mu=np.zeros(3), space="pixels", weights="")
-    np.savez("nan.npz", mu=np.full(216, np.nan), sigma=np.eye(216), space="pixels", weights="")
-    for path, words in (("means.npz", "means without their covariances"), ("nan.npz", "NaN")):
-        with pytest.raises(data.UserError, match=words):
-            main(fid, f"a.npz {path} --features pixels")
+    png = (tmp_path / "a/000002.png").read_bytes()
+    torch.save({"a": torch.zeros(3)}, "weights.pt")
+    for name in ("grey", "clear", "mixed", "text", "broken"):
+        shutil.copytree("a", name)
+    for name, content in (("flipped.npz", stored), ("text.npz", b"text"), ("nothing.npy", b""),
+                          ("short.npz", stored[:900]), ("text/000002.png", b"text"),
+                          ("short.npy", (tmp_path / "a.npy").read_bytes()[:900]),
+                          ("broken/000002.png", png[:len(png) // 2])):
+        (tmp_path / name).write_bytes(content)
+    for name, mode, size in (("grey", "L", (8, 9)), ("clear", "RGBA", (8, 9)),
+                             ("mixed", "RGB", (9, 9))):
+        Image.new(mode, size).save(f"{name}/000003.png")
+    os.mkdir("empty")
     for path, words in (
-            ("broken", "000002.png is no image"), ("flipped.npz", "flipped.npz cannot be read"),
-            ("floats.npz", "got float64"), ("one.npz", "holds 1 image"), ("objects.npz", "object"),
-            ("other.npz", "arr_0"), ("text.npz", "not a zip"), ("nowhere.npz", "No such file"),
-            ("empty", "empty holds no files"), ("grey", "000003.png has the mode L"),
-            ("clear", "000003.png has the mode RGBA"), ("text", "000002.png is no image"),
-            ("mixed", r"000003.png is of \(9, 9\) pixels, the first of \(9, 8\)")):
-        for workers in (0, 1) if path == "grey" else (0,):
-            with pytest.raises(data.UserError, match=words) as error:
-                main(fid, f"{path} a.npz --features pixels --workers {workers}")
-            assert "\n" not in str(error.value)
-    for flags, words in (("--weights nowhere", "no such file"), ("--features no_net", "no_net"),
-                         ("--batch_size 0", "--batch_size 0"), ("--workers -1", "--workers -1")):
-        with pytest.raises(data.UserError, match=words):
-            main(fid, f"a.npz b.npz {flags}")
+            ("means.npz", "moments .*sigma"), ("nan.npz", "NaN"), ("broken", "2.png is no image"),
+            ("flipped.npz", "flipped.npz cannot be read"), ("floats.npz", "got float64"),
+            ("one.npz", "two or more"), ("objects.npz", "object"), ("other.npz", "arr_0"),
+            ("text.npz", "cannot be read"), ("nothing.npy", "cannot be read"),
+            ("short.npz", "cannot be read"), ("short.npy", "cannot be read"),
+            ("columns.npz", "column by column"), ("weights.pt", "arr_0"),
+            ("nowhere.npz", "No such file"), ("empty", "empty holds no files"),
+            ("large.npz", "d at most"), ("grey", "000003.png is L of"),
+            ("clear", "000003.png is RGBA of"), ("text", "000002.png is no image"),
+            ("mixed", r"000003.png is RGB of \(9, 9\) .* of the first, \(9, 8\)")):
+        refused(fid, f"{path} a.npz --features pixels", words)
 
 
-def test_the_judges_read_real_digits_and_not_noise():
+def test_the_judges_read_real_digits_and_not_noise(tmp_path, capsys):
     images, y = fid.held_out_digits()
-    real = fid.judge_digits(images, y)
-    assert real["read_as_asked_percent"] == real["real_read_right_percent"] > 98
-    assert max(value for name, value in real.items() if "frechet" in name) < 1e-6
+    np.savez(tmp_path / "real", arr_0=images, y=y)
+    real = metrics_of(f"{tmp_path}/real.npz digits", capsys)
+    assert real["classifier_accuracy_percent"] == real["classifier_accuracy_on_real_percent"] > 98
+    assert max(real[f"frechet_{name}_179_vs_179"] for name in ("pixels", "classifier")) < 1e-6
+    blind = metrics_of(f"{tmp_path}/real.npz digits --no-labels", capsys)
+    assert set(real) - set(blind) == {name for name in real if "accuracy" in name}
     rng = np.random.default_rng(0)
     noise = np.repeat(rng.integers(0, 256, (400, 8, 8, 1), np.uint8), 3, -1)
     judged = fid.judge_digits(noise, rng.integers(0, 10, 400))
-    assert judged["read_as_asked_percent"] < 30 and judged["frechet_pixels_400_vs_179"] > 5
+    assert judged["classifier_accuracy_percent"] < 30 and judged["frechet_pixels_400_vs_179"] > 5
+    apart = fid.digit_distances(noise, images)
+    assert apart == {name: judged[f"{name}_400_vs_179"] for name in apart} and len(apart) == 2
+    _, mlp = fid.digit_judges()
+    last = fid.hidden_layer(images) @ mlp.coefs_[1] + mlp.intercepts_[1]
+    assert (last.argmax(1) == mlp.predict(fid.grey_pixels(images))).all()
+    np.savez(tmp_path / "real", arr_0=images, y=y[1:])
+    refused(fid, f"{tmp_path}/real.npz digits", "y cannot be read")
 
 
 # bench.py
 
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_flop_are_the_published_ones():
-    """6.06 and 118.64 GMAC a forward pass at 256 tokens (shared facts), 2 FLOP each."""
-    small = {"name": "SiT-S/2", "fusion": "merged", "r": 8}
-    flop = bench.forward_flop(small)
-    assert flop / 2e9 == pytest.approx(6.06, rel=0.01)
-    assert bench.forward_flop(small | {"name": "SiT-XL/2"}) / 2e9 == pytest.approx(118.64, rel=0.01)
-    assert 2 < bench.forward_flop(small | {"fusion": "separate"}) / flop < 2.25   # attention: 4
+    """6.06 and 118.64 GMAC a forward pass at 256 tokens, 2 FLOP each."""
+    for name, gmac in (("SiT-S/2", 6.06), ("SiT-XL/2", 118.64)):
+        flop = bench.forward_flop({"name": name, "fusion": "merged", "r": 8})
+        assert flop / 2e9 == pytest.approx(gmac, rel=0.01)
 
 
 def test_speed_counts_images_of_its_own_steps(tmp_path, monkeypatch, capsys):
-    rows = tmp_path / "rows.jsonl"
+    """When everything takes half a second; MFU follows from FLOP, the first round warms up."""
     monkeypatch.setattr(bench, "random_data", functools.partial(bench.random_data, n=8))
-    command = f"speed --models SiT-T/2 --batch_size 2 --steps 2 --rounds 2 --calls 2 --rows {rows}"
-    main(bench, command)
-    none, merged, separate = (json.loads(line) for line in rows.read_text().splitlines())
-    assert none["ratio"] == 1 and separate["ratio"] < none["ratio"] and separate["mfu_percent"] > 0
-    for row in (none, merged, separate):
-        flop = bench.forward_flop({"name": "SiT-T/2", "fusion": row["run"], "r": 8})
-        assert row["mfu_percent"] == pytest.approx(
-            300 * flop * row["images_per_s"] / row["peak_flop_per_s"])
-        assert row["least"] <= row["images_per_s"] <= row["most"]
-        assert row["sampling_least"] <= row["sampling_images_per_s"] <= row["sampling_most"]
-    shown = capsys.readouterr().out
-    assert f"| SiT-T/2 separate | {separate['images_per_s']:.4g} (" in shown
-    monkeypatch.setattr(bench, "speed_of", None)                       # nothing is measured again
-    main(bench, command)
-    assert capsys.readouterr().out == shown
-    lines = rows.read_text().splitlines(True)
-    assert len(lines) == 3
-    rows.write_text("".join(lines[:2]))                    # killed: a ratio is to its own round
-    fresh = {row["run"]: row | {"images_per_s": 1} for row in (none, merged, separate)}
-    monkeypatch.setattr(bench, "speed_of", lambda *args: fresh)
-    main(bench, command)
-    assert [row["images_per_s"] for row in bench.rows_of(rows)][2:] == [1, 1, 1]
-    assert capsys.readouterr().out.count(" | 1 (") == 3
-    with pytest.raises(data.UserError, match="--calls 1: the solver sde takes at least 2"):
-        main(bench, "speed --models SiT-T/2 --calls 1")
-
-
-def test_judged_rows_are_made_once_and_are_the_samplers_own(workdir, tmp_path, capsys, monkeypatch):
-    path = workdir / "out/ckpt.pt"
-    monkeypatch.setattr(train, "JUDGED_AT_ONCE", 10)
-    commands = [f"few_steps --ckpt {path} --n 10 --calls 2 3 --out {tmp_path}",
-                f"guidance --ckpt {path} --n 10 --w_cfg 1 2 --w_r 1 1.5 --out {tmp_path}"]
-    for command in commands:
-        main(bench, command)
-    shown, rows = capsys.readouterr().out, bench.rows_of(tmp_path / "rows.jsonl")
-    assert [(row["solver"], row["steps"]) for row in rows[:6]] == [
-        (solver, steps) for solver in ("sde", "euler", "heun") for steps in (2, 3)]
-    assert [(row["w_cfg"], row["w_r"]) for row in rows[6:]] == [(1, 1), (2, 1), (1, 1.5), (2, 1.5)]
-    x, _ = sample.generate(sample.load_model(str(path))[0], torch.arange(10), 4, w_r=1.5)
-    expected = fid.judge_digits(data.to_images(x))["frechet_pixels_10_vs_179"]
-    assert rows[8]["frechet_pixels"] == pytest.approx(expected, rel=0.02)
-    assert f"| SiT-T/2 | heun | 3 | {rows[5]['frechet_classifier']:.2f} | " in shown
-    monkeypatch.setattr(sample, "generate", None)                       # nothing is made again
-    for command in commands:
-        main(bench, command)
-    assert capsys.readouterr().out == shown and len(bench.rows_of(tmp_path / "rows.jsonl")) == 10
-    checkpoint = torch.load(path)
-    checkpoint["settings"]["p_drop_z"] = 0.0
-    torch.save(checkpoint, tmp_path / "ckpt.pt")
-    with pytest.raises(data.UserError, match="--w_r 2 needs a model trained with --p_drop_z > 0"):
-        main(bench, f"guidance --ckpt {tmp_path / 'ckpt.pt'} --n 10 --w_cfg 1 --w_r 2 "
-                    f"--out {tmp_path}")
-
-
-@pytest.fixture
-def photo_table(photos, prepared, tmp_path, monkeypatch):
-    """bench.py photos on the photographs with networks of random weights, judged by every 50th
-    value of their pixels; it returns the names of the runs that were trained for it."""
-    monkeypatch.setattr(fid.Space, "__call__", lambda self, images: (images.flatten(1)[:, ::50],))
-    monkeypatch.setattr(train, "JUDGED_AT_ONCE", 8)
-
-    def table(name, flags=""):
-        trained = []
-
-        def in_process(command):
-            trained.append(command[-1].split("/")[-1])
-            main(train, " ".join(command[2:]))
-
-        monkeypatch.setattr(bench, "train_to_the_end", in_process)
-        main(bench, f"photos {name} --data {photos / 'prepared'} --val {photos / 'bad'} "
-                    "--size T --steps 5 --batch_size 4 --sample_steps 2 --eval_n 4 --n 8 "
-                    f"--features pixels --r 4 --out {tmp_path} {flags}")
-        return trained
-
-    return table
-
-
-def distance_in_table(x, about, folder):
-    """The Fréchet distance of latents to photo_table's reference."""
-    seen = fid.Judge(None, fid.Space("pixels")).see(data.decode(x, about["meta"]))
-    reference, = folder.glob("reference-pixels-32-*.npz")
-    with np.load(reference) as reference:
-        assert reference["n"] == 11
-        moments = pca.Moments(seen.shape[1]).update(seen)
-        return fid.frechet_distance(moments.mean, moments.cov, reference["mu"], reference["sigma"])
-
-
-def test_every_row_on_photographs_is_a_job_that_is_made_once(photos, photo_table, tmp_path, capsys):
-    """A run that two tables share is trained once, a row that is there not even judged."""
-    merged = "SiT-unconditional-merged"
-    assert photo_table("unconditional", f"--only SiT-none {merged}") == [
-        "SiT-none-5-0", f"{merged}-5-0"]
-    assert photo_table("methods", "--only SiT-none --seeds 0 1") == ["SiT-none-5-1"]
-    rows = bench.rows_of(f"{tmp_path}/rows.jsonl")
-    assert [(row["run"], row["seed"], row["sampled_with"].get("w_r")) for row in rows] == [
-        ("SiT-none", 0, None), *[(merged, 0, w_r) for w_r in (None, 1.1, 1.5, 2)],
-        ("SiT-none", 1, None)]
-    assert [step for step, _ in rows[3]["curve"]] == [1, 2, 3, 4, 5]
-    net, about = sample.load_model(f"{tmp_path}/{merged}-5-0/ckpt.pt")
-    x, _ = sample.generate(net, torch.zeros(8, dtype=torch.long), 2, w_r=1.5)
-    expected = distance_in_table(x, about, tmp_path)
-    assert rows[3]["frechet_pixels"] == pytest.approx(expected, rel=1e-5)    # w_r moves it by more
-    assert len({row["frechet_pixels"] for row in rows}) == 6
-    capsys.readouterr()
-    assert photo_table("methods", "--only SiT-none --seeds 0 1") == []
-    with pytest.raises(data.UserError, match="--only SiT-non: this table has SiT-none, SiT-REPA"):
-        photo_table("methods", "--only SiT-non")
-    values = [rows[i]["frechet_pixels"] for i in (0, 5)]
-    spread = f"{np.mean(values):.0f} ± {np.std(values, ddof=1):.0f}"
-    assert f"| {spread} |" in capsys.readouterr().out
-    assert len(bench.rows_of(f"{tmp_path}/rows.jsonl")) == 6
-    with pytest.raises(data.UserError, match="was trained with lr 0.0001, and this table's is 0.5"):
-        photo_table("methods", "--only SiT-none --lr 0.5")
-    with pytest.raises(data.UserError, match="--n 1: a distance needs 2"):
-        photo_table("methods", "--n 1")
-    with open(tmp_path / "rows.jsonl", "a") as file:                      # a disk was full
-        file.write('{"run": "Si')
-    photo_table("methods", "--only SiT-none --n 6")
-    assert [row["n"] for row in bench.rows_of(f"{tmp_path}/rows.jsonl")] == [8] * 6 + [6]
-
-
-def test_a_table_goes_on_with_a_run_that_was_killed(photo_table, tmp_path, monkeypatch, one_thread):
-    """To the row of an undisturbed one, and without the steps that it had made."""
-    flags, update, steps = "--only SiT-none", train.Trainer.update, []
-
-    def killed(trainer):
-        if trainer.step == 2:
-            raise KeyboardInterrupt
-        update(trainer)
-
-    monkeypatch.setattr(train.Trainer, "update", killed)
-    with pytest.raises(KeyboardInterrupt):
-        photo_table("methods", flags)
-    assert not (tmp_path / "rows.jsonl").exists()
-    monkeypatch.setattr(train.Trainer, "update", lambda trainer: (
-        steps.append(trainer.step), update(trainer)))
-    assert photo_table("methods", flags) == ["SiT-none-5-0"] and steps == [2, 3, 4]
-    steps.clear()
-    photo_table("methods", f"{flags} --out {tmp_path}/whole")
-    (row,), (whole,) = (bench.rows_of(f"{folder}/rows.jsonl") for folder in (
-        tmp_path, tmp_path / "whole"))
-    assert steps == [0, 1, 2, 3, 4] and row["curve"] == whole["curve"] and len(row["curve"]) == 5
-    assert row["frechet_pixels"] == whole["frechet_pixels"]
-
-
-@pytest.mark.slow
-def test_every_row_of_every_table_on_photographs_can_be_made(photos, photo_table, tmp_path):
-    """REPA's features and two encoders' z among them."""
-    once, twice = tmp_path / "once", tmp_path / "twice"
-    name, _, _ = ENCODER.partition(" ")
-    prepare(photos, once, "--r_keep 16 --keep_features")
-    prepare(photos, twice, f"--r_keep 16 --encoder {name} {name} --encoder_layer 0 last")
-    made = {name: photo_table(name, f"--data {once} {more} --r 2") for name, more in (
-        ("methods", ""), ("unconditional", ""), ("settings", ""), ("guidance", ""),
-        ("features", f"--val_data {once} --two_levels {twice}"))}
-    rows = bench.rows_of(f"{tmp_path}/rows.jsonl")
-    assert all(np.isfinite(row["frechet_pixels"]) for row in rows if "run" in row)
-    assert [len(runs) for runs in made.values()] == [10, 6, 10, 0, 1] and len(rows) == 53
-
-
-def test_real_z_is_noised_with_the_samplers_own_noise(monkeypatch):
-    """And dropped for the branch that representation guidance adds; the last batch is padded."""
-    monkeypatch.setattr(train, "JUDGED_AT_ONCE", 2)
-    for name in ("SiT-T/2", "DiT-T/2"):
-        net, seen = tiny(name), []
-        net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
-        z, y = normal(3, 3, 8, 8, seed=9), torch.arange(3)
-        sample.generate(net, y, 4, w_r=2.0, batch_size=2, guide=bench.real_z(z))
-        assert len(seen) == 8
-        for i, (_, z_t, t, labels) in enumerate(seen):
-            rows = [(0, 1), (2, 0)][i // 4]
-            numbers = [(0, 1), (2, 3)][i // 4]
-            assert labels[:2].tolist() == list(rows)
-            _, eps = next(sample.image_noise(net, 0, numbers, torch.device("cpu")))
-            assert torch.equal(z_t[:2], net.process.add_noise(z[list(rows)], eps, t[:2]))
-            assert not z_t[2:].any()
-
-
-def test_tables_train_and_sample_as_their_rows_say(photos, photo_table, tmp_path, monkeypatch):
-    sampled, generate = [], sample.generate
-    monkeypatch.setattr(sample, "generate", lambda *args, **kwargs: (
-        sampled.append([kwargs.get(name) for name in ("w_cfg", "w_r", "cfg_on")]),
-        generate(*args, **kwargs))[1])
-    assert photo_table("guidance") == ["SiT-merged-5-0"]
-    assert sampled[-11:] == [
-        *([w_cfg, w_r, None] for w_r in (1, 1.5) for w_cfg in (1, 1.5, 2, 4)),
-        *([w_cfg, 1, "both"] for w_cfg in (1.5, 2, 4))]
-    shutil.copytree(photos / "prepared", tmp_path / "a")
-    here = f"--data {tmp_path}/a"
-    photo_table("settings", f"{here} --only SiT-merged-z-of-unit-RMS")
-    unit = sample.load_checkpoint(f"{tmp_path}/SiT-merged-z-of-unit-RMS-5-0/ckpt.pt")
-    folder, meta = unit["settings"]["data"], (tmp_path / "a/meta.json").read_text()
-    assert unit["meta"]["name"] == f"{json.loads(meta)['name']}, z of unit RMS"
-    with pytest.raises(data.UserError, match="was trained with data"):
-        photo_table("guidance", f"--data {folder}")
-    (tmp_path / "a/meta.json").write_text(meta.replace(unit["meta"]["arrays"]["x"]["sha256"], "-"))
-    with pytest.raises(data.UserError, match="has other x than"):
-        photo_table("features", f"{here} --two_levels {folder} --val_data {tmp_path}/a")
-
-
-def test_settings_are_a_table_each(photo_table, monkeypatch, capsys):
-    row = {"curve": [], "frechet_pixels": 1, "images_per_s": 2, "seconds": 3, "hardware": "",
-           "date": ""}
-    rows = {(f"SiT-merged{suffix}",): [row] for suffix in ("", "-r-1", "-r-2", "-z-of-unit-RMS")}
-    monkeypatch.setattr(bench, "train_and_judge", lambda *args: rows)
-    photo_table("settings")
-    tables = capsys.readouterr().out.split("\n\n")[:-1]
-    assert [[line.split(" | ")[0] for line in table.splitlines()[2:]] for table in tables] == [
-        ["| SiT-merged", "| SiT-merged-r-1", "| SiT-merged-r-2"],
-        ["| SiT-merged", "| SiT-merged-z-of-unit-RMS"]]
-    photo_table("methods")
-    assert len(capsys.readouterr().out.split("\n\n")[0].splitlines()) == 6
-
-
-def test_a_run_that_outlives_its_table_is_not_trained_twice(tmp_path):
-    """SIGTERM to the table ends the run, which takes its time, or is not ready for it, or done;
-    SIGKILL leaves it at work."""
-    for number, at_sigterm, code in (
-            (signal.SIGTERM, "lambda *_: (time.sleep(0.5), sys.exit(143))", 143),
-            (signal.SIGTERM, "signal.SIG_DFL", 143),
-            (signal.SIGTERM, "lambda *_: sys.exit(0)", 143),
-            (signal.SIGKILL, "signal.SIG_DFL", -signal.SIGKILL)):
-        run = [sys.executable, "-c", "import os, signal, sys, time\n"
-               f"signal.signal(signal.SIGTERM, {at_sigterm})\n"
-               "open(sys.argv[1] + '/pid', 'w').write(f'{os.getpid()} ')\n"
-               "time.sleep(60)", str(tmp_path)]
-        (tmp_path / "pid").unlink(missing_ok=True)
-        table = forked(lambda: bench.train_to_the_end(run), {})
-        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().endswith(" "):
-            time.sleep(0.02)
-        os.kill(table, number)
-        assert os.waitstatus_to_exitcode(os.waitpid(table, 0)[1]) == code
-        pid = int((tmp_path / "pid").read_text())
-        if number == signal.SIGTERM:
-            with pytest.raises(ProcessLookupError):
-                os.kill(pid, 0)
-    with pytest.raises(data.UserError, match="is being trained by another process"):
-        bench.train_to_the_end(run)
-    os.kill(pid, signal.SIGKILL)
-    with open(tmp_path / "lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)                                # the killed one's is gone
-    bench.train_to_the_end([sys.executable, "-c", "", str(tmp_path)])
-
-
-def test_a_net_does_not_judge_the_samples_of_its_own_z(photos, prepared, tmp_path):
-    name, _, kwargs = ENCODER.partition(" ")
-    assert fid.Space(name, str(photos / "encoder.safetensors"), data.key_values(
-        kwargs.split()[1:], "")).with_head == prepared.meta["encoders"][0]["weights"]
-    with pytest.raises(data.UserError, match="this network made the z of .*; let another one"):
-        bench.main(bench.parser().parse_args(
-            f"photos methods --data {photos / 'prepared'} --val {photos / 'bad'} --features {name} "
-            f"--weights {photos / 'encoder.safetensors'} --features_kwargs "
-            f"{' '.join(kwargs.split()[1:])} --out {tmp_path}".split()))
-
-
-@pytest.mark.parametrize("table", ["digits", "methods", "unconditional", "settings", "guidance",
-                                   "features"])
-def test_runs_of_equal_names_have_equal_settings_and_of_others_others(table):
-    args = argparse.Namespace(name=table, family="SiT", size="S", r=8, two_levels="two")
-    jobs = bench.digit_jobs(args) if table == "digits" else bench.photo_jobs(args)
-    settings = {}
-    for name, flags, hows in [*jobs, *bench.photo_jobs(argparse.Namespace(
-            name="methods", size="S", r=8))]:
-        flags = [flag if isinstance(flag, str) else "--data=unit" for flag in flags]
-        of_run = train.resolve(train.typed(train.parser().parse_args(flags)), None)
-        assert settings.setdefault(name, of_run) == of_run and hows
-        assert of_run["unconditional"] == ("-unconditional-" in name)
-        assert (of_run["data"] == "two") == name.endswith("-two-levels")
-        assert ("merged" in name or "separate" in name) == (of_run["r"] > 0)
-        *_, setting, value = name.split("-")
-        assert setting not in ("r", "lam_z", "p_drop_z") or of_run[setting] == float(value)
-    assert len({json.dumps(of_run) for of_run in settings.values()}) == len(settings)
-
-
-def test_the_table_of_digits_has_means_and_spreads_of_seeds(workdir, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(workdir)
-    monkeypatch.setattr(bench, "train_to_the_end",
-                        lambda command: main(train, " ".join(command[2:])))
-    for name in ("JUDGED_AT_ONCE", "N_JUDGED"):
-        monkeypatch.setattr(train, name, 10)
-    monkeypatch.setitem(train.DIGITS, "sample_steps", 2)
-    name = "SiT-conditional-merged"
-    main(bench, f"digits --steps 1 --n 10 --seeds 0 1 --only {name} --out {tmp_path}")
-    rows = bench.rows_of(tmp_path / "rows.jsonl")
-    assert [(row["seed"], row["sampled_with"]) for row in rows] == [
-        (0, {}), (0, {"w_r": 1.5}), (1, {}), (1, {"w_r": 1.5})]
-    assert not any(row["made_with"].get("unconditional") for row in rows)
-    assert all("read_as_asked_percent" in row for row in rows)
-    values = np.reshape([row["frechet_classifier"] for row in rows], (2, 2))
-    changes = values[:, 1] - values[:, 0]
-    assert (f"| {name} | 1.5 | {values[:, 1].mean():.0f} ± {values[:, 1].std(ddof=1):.0f} |  | "
-            f"{changes.mean():+.2f} ± {changes.std(ddof=1):.2f} | " in capsys.readouterr().out)
-    assert rows[0]["made_with"]["lr"] == 3e-3 and rows[0]["training_seconds"] == pytest.approx(
-        128 / rows[0]["images_per_s"])
-
-
-def test_digits_are_compared_seed_by_seed(tmp_path, monkeypatch, capsys):
-    """The mean of differences is that of the pairs, their spread is not that of the means."""
-    def rows(*distances):
-        return [{"frechet_classifier": distance, "frechet_pixels": 1, "images_per_s": 1,
-                 "hardware": "", "date": ""} for distance in distances]
-
-    table = {("SiT-conditional-none", ("w_r", 1.0)): rows(1, 2),
-             ("SiT-conditional-merged", ("w_r", 1.0)): rows(1.5, 2.7),
-             ("SiT-conditional-merged", ("w_r", 1.5)): rows(1.4, 2.2)}
-    monkeypatch.setattr(bench, "train_and_judge", lambda *args: table)
-    main(bench, f"digits --seeds 0 1 --out {tmp_path}")
-    lines = [line.split(" | ")[1:5] for line in capsys.readouterr().out.splitlines()[2:5]]
-    assert lines == [["1", "1.50 ± 0.71", "", ""], ["1", "2.10 ± 0.85", "+0.60 ± 0.14", ""],
-                     ["1.5", "1.80 ± 0.57", "+0.30 ± 0.14", "-0.30 ± 0.28"]]
-
-
-def test_curves_are_means_of_seeds_over_steps_and_over_seconds(tmp_path, monkeypatch):
-    axes = pytest.importorskip("matplotlib.axes").Axes
-    rows = [{"run": run, "seed": seed, "made_with": {"batch_size": 64}, "images_per_s": rate,
-             "curve": [[1, 10 + seed], [2, 8 - seed]]}
-            for run, seed, rate in (("merged", 0, 24), ("merged", 1, 40), ("none", 0, 128))]
-    (tmp_path / "rows").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    drawn, plot = [], axes.plot
-    monkeypatch.setattr(axes, "plot", lambda self, x, y, label, **style: (
-        drawn.append((label, list(x), list(y))), plot(self, x, y, label=label, **style)))
-    main(bench, f"curves --rows {tmp_path}/rows --out {tmp_path}/curves.png")
-    assert drawn == [("merged", [1, 2], [10.5, 7.5]), ("merged", [2, 4], [10.5, 7.5]),
-                     ("none", [1, 2], [10, 8]), ("none", [0.5, 1], [10, 8])]
-    with pytest.raises(data.UserError, match="has no curves"):
-        main(bench, f"curves --rows {tmp_path}/rows --only None")
-    drawn.clear()
-    (tmp_path / "speed").write_text("".join(json.dumps(
-        {"model": "SiT-T/2", "run": run, "batch_size": batch_size, "images_per_s": rate}) + "\n"
-        for run, batch_size, rate in (("none", 64, 64), ("none", 32, 8), ("merged", 64, 32))))
-    made = [{"fusion": "none", "batch_size": 64}, {"repa": 0.5, "batch_size": 64}]
-    command = f"curves --rows {tmp_path}/rows --speed {tmp_path}/speed --out {tmp_path}/curves.png"
-    (tmp_path / "rows").write_text("".join(json.dumps(row | {"made_with": made[0]}) + "\n"
-                                           for row in rows[2:]))
-    main(bench, command)
-    assert drawn == [("none", [1, 2], [10, 8]), ("none", [1, 2], [10, 8])]
-    (tmp_path / "rows").write_text(json.dumps(rows[0] | {"made_with": made[1]}) + "\n")
-    with pytest.raises(data.UserError, match=r"has 0 rows of SiT-T/2 merged\+REPA with"):
-        main(bench, command)
-
-
-def test_generated_features_are_probed_on_real_ones(photos, photo_table, tmp_path, capsys,
-                                                    monkeypatch):
-    """Perfect "generated" features, those of the photographs, teach what real ones do; the
-    network's own after five steps do not."""
-    flags = f"--val_data {photos / 'prepared'} --lr 0.01"       # so that classes matter
-    assert photo_table("features", flags) == ["SiT-merged-5-0", "SiT-unconditional-merged-5-0"]
-    generated, real = [row for row in bench.rows_of(f"{tmp_path}/rows.jsonl")
-                       if row.get("run") == "SiT-merged"]
-    assert generated["sampled_with"] == {} and real["sampled_with"] == {"z": "real"}
-    folder = str(photos / "prepared")
-    args = argparse.Namespace(data=folder, val_data=folder, n=11)
-    path = f"{tmp_path}/SiT-merged-5-0/ckpt.pt"
-    (net, about), source = sample.load_model(path), data.Prepared(folder, 4)
-    _, z, y, _ = source.batch(source.examples(8))
-    x, _ = sample.generate(net, y, 2, guide=bench.real_z(z), batch_size=train.JUDGED_AT_ONCE)
-    assert real["frechet_pixels"] == pytest.approx(distance_in_table(x, about, tmp_path), rel=1e-7)
-    assert real["frechet_pixels"] != pytest.approx(generated["frechet_pixels"], rel=1e-6)
-    own = bench.probe(args, path, "cpu")
-    x, z, y, _ = source.batch(torch.arange(11))
-    order = torch.tensor([(y == label).nonzero()[i // 3 % 3, 0] for i, label in
-                          enumerate(torch.arange(11) % 3)])
-    monkeypatch.setattr(sample, "generate", lambda *args, **kwargs: (x[order], z[order]))
-    perfect = bench.probe(args, path, "cpu")
-    shutil.copytree(folder, tmp_path / "noise")
-    stored = np.load(tmp_path / "noise/z.npy")
-    np.save(tmp_path / "noise/z.npy", np.random.default_rng(0).normal(
-        size=stored.shape).astype(stored.dtype))
-    args.val_data = f"{tmp_path}/noise"
-    assert bench.probe(args, path, "cpu")["from_real_z"] < 80 < perfect["from_generated_z"]
-    assert perfect["from_real_z"] == 100 == own["from_real_z"]
-    assert perfect["from_generated_z"] > 80 > own["from_generated_z"]
-    with pytest.raises(data.UserError, match="--val_data"):
-        photo_table("features")
-
-
-def test_losses_over_time_are_mean_squares_with_and_without_z(workdir, digits, tmp_path, capsys,
-                                                              monkeypatch):
-    path = str(workdir / "out/ckpt.pt")
-    command = (f"losses --ckpt {path} --n 70 --data {workdir / 'prepared/digits'} "    # 64 and 6
-               f"--rows {tmp_path}/rows")
-    main(bench, command)
-    shown = capsys.readouterr().out
-    monkeypatch.setattr(bench, "losses_over_time", None)                # kept, not computed again
-    main(bench, command)
-    assert capsys.readouterr().out == shown and len(bench.rows_of(tmp_path / "rows")) == 1
-    header, _, *lines = [line.split(" | ") for line in shown.splitlines()]
-    assert [line[:2] for line in lines[:3]] == [["| out", name] for name in ("x", "x, z null", "z")]
-    net, _ = sample.load_model(path)
-    x, z, y, _ = digits.batch(digits.examples(70))
-    generator = torch.Generator().manual_seed(0)
-    eps_x, eps_z = (torch.randn(part.shape, generator=generator) for part in (x, z))
-    t = torch.full((70,), 0.35)
-    x_t, z_t = 0.35 * x + 0.65 * eps_x, 0.35 * z + 0.65 * eps_z
-    with torch.no_grad():
-        (pred_x, pred_z), (null_x, _) = (net(x_t, fed, t, y) for fed in (z_t, 0 * z_t))
-    expected = [(pred - target).square().mean().item() for pred, target in (
-        (pred_x, x - eps_x), (null_x, x - eps_x), (pred_z, z - eps_z))]
-    found = [float(line[header.index("t = 0.35")]) for line in lines[:3]]
-    assert found == pytest.approx(expected, abs=6e-4)
-    with pytest.raises(data.UserError, match="with another codec"):
-        checkpoint = torch.load(path)
-        checkpoint["meta"]["codec"] = "another"
-        torch.save(checkpoint, tmp_path / "ckpt.pt")
-        main(bench, f"losses --ckpt {tmp_path / 'ckpt.pt'} --data {workdir / 'prepared/digits'}")
-
-
-def test_sheets_show_checkpoints_from_equal_noise(workdir, tmp_path, capsys):
-    path, out = str(workdir / "out/ckpt.pt"), f"{tmp_path}/sheets.png"
-    main(bench, f"sheets --ckpt {path} {path} --w_r 1 3 --n 3 --seed 5 --out {out}")
-    assert capsys.readouterr().out == f"{out}: out, out, RG 3, out, out, RG 3\n"
-    net, about = sample.load_model(path)
-    x, z = zip(*(sample.generate(net, torch.tensor([0, 3, 6]), about["settings"]["sample_steps"],
-                                 seed=5, w_r=w_r, batch_size=3) for w_r in (1, 3, 1, 3)))
-    expected = sample.sheet([data.to_images(part) for part in x], list(z), about["meta"]["z_std"],
-                            3, ["out", "out, RG 3"] * 2)
-    with Image.open(out) as picture:
-        assert np.abs(np.int16(picture) - np.int16(expected)).max() <= 1
-
-
-def test_z_of_unit_rms_is_the_same_z_but_for_its_scale(photos, prepared, tmp_path):
-    shutil.copytree(photos / "prepared", tmp_path / "a")
-    out = bench.unit_rms(f"{tmp_path}/a/", 3)
-    one, unit = (data.Prepared(folder) for folder in (f"{tmp_path}/a", out))
-    scale = unit.z[:].astype(np.float64) / one.z
-    assert np.square(unit.z[:, :3].astype(np.float64)).mean() == pytest.approx(1, rel=1e-2)
-    assert scale == pytest.approx(np.full_like(scale, np.median(scale)), rel=1e-2)
-    assert np.array_equal(one.x, unit.x) and unit.meta["z_std"] == pytest.approx(
-        np.array(one.meta["z_std"]) * np.median(scale), rel=1e-2)
-    assert unit.meta["encoders"][0]["scale"] == pytest.approx(
-        one.meta["encoders"][0]["scale"] * np.median(scale), rel=1e-2)
-    stamp = os.stat(f"{out}/z.npy").st_mtime_ns
-    assert bench.unit_rms(f"{tmp_path}/a", 3) == out                      # found, not made again
-    assert os.stat(f"{out}/z.npy").st_mtime_ns == stamp
-    assert bench.unit_rms(f"{tmp_path}/a", 2) != out
-
-
-def test_metrics_are_timed_on_photographs_cut_to_one_size(photos, capsys, monkeypatch):
-    seen = []
-
-    def statistics(path, *args):
-        images = fid.Images(path)
-        seen.append((path.split("/")[-1], images.n, images.size))
-        return fid.Statistics(5, (np.zeros(3), np.eye(3)), pool=normal(5, 3, seed=len(seen)))
-
-    monkeypatch.setattr(fid, "Space", lambda *args: argparse.Namespace(name="inception",
-                                                                       device="cpu"))
-    monkeypatch.setattr(fid, "statistics_of", statistics)
-    monkeypatch.setattr(fid, "frechet_distance", lambda *args: 1.25)      # of 2,048: seconds
-    main(bench, f"metrics --images {photos / 'photos'} --n 5 --size 24 --large 40 --rounds 1 "
-                f"--weights {photos / 'encoder.safetensors'}")
-    assert seen == [("samples", 5, (24, 24)), ("reference", 5, (24, 24))]
-    shown = capsys.readouterr().out
-    assert "| fid.py | 1.25 |" in shown and "recall against 8: " in shown
-
-
-# command lines, as a user types them
-
-def test_train_writes_what_the_readme_says(workdir, monkeypatch):
-    out = workdir / "out"
-    assert {path.name for path in out.iterdir()} == {
-        "ckpt.pt", "ckpt_prev.pt", "log.jsonl", "sheet.png", "results.json"}
-    lines = losses(out)
-    assert [line["step"] for line in lines] == [2, 4, 6, 8] and lines[-1]["loss"] < lines[0]["loss"]
-    assert {"loss", "loss_x", "loss_z", "loss_q0", "loss_q3"} <= set(lines[0])
-    results = json.loads((out / "results.json").read_text())
-    n = train.N_JUDGED
-    assert results["n_images"] == n and results[f"frechet_pixels_{n}_vs_179"] > 0
-    monkeypatch.chdir(workdir)
-    with pytest.raises(data.UserError, match="out is done.*--steps"):
-        main(train, "")
-
-
-def test_sample_writes_a_sheet_and_adms_layout(workdir, capsys):
-    run("sample.py --w_r 1.5 --save_z", workdir)
-    with np.load(workdir / "samples/samples.npz") as file:
-        assert file["arr_0"].dtype == np.uint8 and file["arr_0"].shape == (60, 8, 8, 3)
-        assert file["y"].shape == (60,) and file["z"].shape == (60, 4, 8, 8)
-    assert (workdir / "samples/sheet.png").exists()
-    main(fid, f"{workdir}/samples/samples.npz digits")
-    shown = capsys.readouterr().out
-    assert "frechet_classifier_60_vs_179" in shown and "read_as_asked_percent" in shown
-    same = f"{workdir}/samples/samples.npz {workdir}/samples/samples.npz --features pixels"
-    assert metrics_of(same, capsys)["frechet_pixels_60_vs_60"] == pytest.approx(0, abs=1e-6)
-
-
-@pytest.mark.parametrize("family", ["SiT", "DiT"])
-@pytest.mark.parametrize("fusion", ["none", "separate"])
-def test_all_train_and_sample_unconditionally(workdir, tmp_path, monkeypatch, capsys, family,
-                                              fusion):
-    monkeypatch.chdir(workdir)
-    main(train, f"--model {family}-T/4 --fusion {fusion} --unconditional --steps 3 --batch_size 8 "
-                f"--sample_steps 3 --out {tmp_path}")
-    main(sample, f"--ckpt {tmp_path}/ckpt.pt --n 3 --out {tmp_path}")
-    with np.load(tmp_path / "samples.npz") as file:
-        assert set(file) == {"arr_0"}                     # no classes, and z with --save_z alone
-    arch = sample.load_checkpoint(f"{tmp_path}/ckpt.pt")["arch"]
-    assert arch["n_classes"] == 0 and arch["r"] == (0 if fusion == "none" else 4)
-    capsys.readouterr()
-    main(fid, f"{tmp_path}/samples.npz digits")
-    shown = capsys.readouterr().out
-    assert "frechet_pixels_3_vs_179" in shown and "read_as_asked" not in shown
-
-
-def test_data_and_pca_describe_what_is_there(workdir, monkeypatch, capsys):
-    monkeypatch.chdir(workdir)
-    main(data, "")
-    main(pca, "prepared/digits/pca.npz")
-    shown = capsys.readouterr().out
-    assert "1,618 images of 10 classes" in shown and "16 of 64 components" in shown
-    assert run("pca.py nowhere.npz", workdir, ok=False) == "error: no PCA file at nowhere.npz\n"
-
-
-@pytest.fixture
-def broken(workdir):
-    """workdir with a checkpoint cut short, as truncated.pt and truncated/ckpt.pt; and its files."""
-    half = (workdir / "out/ckpt.pt").read_bytes()[:100_000]
-    (workdir / "truncated").mkdir(exist_ok=True)
-    for path in (workdir / "truncated.pt", workdir / "truncated/ckpt.pt"):
-        path.write_bytes(half)
-    return workdir, lambda: {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
-
-
-def test_a_mistake_is_one_line_on_stderr_and_overwrites_nothing(broken, monkeypatch):
-    folder, content = broken
-    monkeypatch.chdir(folder)
-    before = content()
-    with pytest.raises(SystemExit, match="^error: .*contradicts.*$") as error:
-        data.run_cli(train.main, train.parser().parse_args(["--seed=5"]))
-    assert "\n" not in str(error.value) and content() == before
-
-
-@pytest.mark.parametrize("module, flags, words", [
-    (sample, "--ckpt nowhere.pt", "no checkpoint at nowhere.pt"),
-    (sample, "--ckpt truncated.pt", "damaged"),
-    (sample, "--labels 3,10", "classes 0 to 9"), (sample, "--n 0", "--n 0"),
-    (sample, "--solver ddpm", "sde or euler"), (sample, "--steps 1", "--steps 1"),
-    (sample, "--w_cfg nan", "--w_cfg nan"), (sample, "--cfg_interval 0.9,0.1", "--cfg_interval"),
-    (sample, "--compare", "--compare shows"), (sample, "--vae there", "pixels, which no codec"),
-    (sample, "--device nonsense", "--device nonsense"),
-    (sample, "--ckpt prepared/digits/x.npy", "neither a checkpoint of train.py nor"),
-    (train, "--steps 7", "done"), (fid, "prepared/digits/x.npy digits", "images must be uint8"),
-    (train, "--out truncated", "damaged"), (train, "--model SiT-XL2 --out new", "SiT-XL/2"),
-    (train, "--model SiT-XL/2 --out new", "python data.py --images"),
-    (train, "--r 99 --out new", "lower --r")])
-def test_mistakes_are_found_before_anything_is_written(broken, monkeypatch, module, flags, words):
-    folder, content = broken
-    monkeypatch.chdir(folder)
-    before = content()
-    with pytest.raises(data.UserError, match=words) as error:
-        main(module, flags)
-    assert content() == before and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("module, good, short", [
-    (train, "--steps 1", "--step 1"), (sample, "--steps 1", "--step 1"), (data, "", "--x"),
-    (fid, "a b --no-labels", "--no-label"), (pca, "a", "--x"), (bench, "digits --n 1", "--ste 1")])
-def test_flags_are_strict(module, good, short):
-    module.parser().parse_args(good.split())
-    with pytest.raises(SystemExit):
-        module.parser().parse_args([*good.split(), *short.split()])
-
-
-def test_the_averaged_weights_are_what_is_sampled(workdir):
-    checkpoint = sample.load_checkpoint(str(workdir / "out/ckpt.pt"))
-    weights = sample.load_ema(checkpoint).state_dict()
-    assert all(torch.equal(weights[name], checkpoint["ema"][name]) for name in weights)
-    assert any(not torch.equal(weights[name], checkpoint["net"][name]) for name in weights)
-
-
-def test_a_run_goes_on_with_its_own_data_only(workdir, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "seconds_of", lambda work, device: (work(), 0.5)[1])
+    done, step, generate = [], train.Trainer.training_step, sample.generate
+    monkeypatch.setattr(train.Trainer, "training_step", lambda trainer, batch: (
+        done.append(len(batch["x"])), step(trainer, batch)))
+    monkeypatch.setattr(sample, "generate", lambda net, y, steps, **options: (
+        done.append((len(y), steps)), generate(net, y, steps, **options)))
+    main(bench, "speed --models SiT-T/2 --methods none merged --batch_size 4 --steps 2 --rounds 2 "
+                f"--sample_steps 3 --micro_batch_size 2 --device cpu --rows {tmp_path}/rows")
+    assert done == [4, 4, (4, 3)] * 3 * 2
+    for row, method in zip(rows_of(tmp_path / "rows"), ("none", "merged"), strict=True):
+        flop = bench.forward_flop({"name": "SiT-T/2", "fusion": method, "r": 8})
+        assert row["training_images_per_s"] == [16.0] * 3                # 2 steps of 4 in 0.5 s
+        assert row["sampling_images_per_s"] == pytest.approx([4 * 3 / 250 / 0.5] * 3)
+        assert row["mfu_percent"] == pytest.approx(100 * 3 * flop * 16 / (2 * 2048 ** 3 / 0.5))
+    assert "| SiT-T/2 | merged | 16 (16 to 16) |" in capsys.readouterr().out
+    refused(bench, f"speed --models SiT-T/2 --device cpu --official {tmp_path}", "clone of zelaki")
+
+
+METHOD = ("methods --points 2 3 --families SiT --methods merged --seeds 1 --n_samples 10 "
+          "--sample_steps 2 --only unconditional --out r/rows")
+
+
+def test_methods_makes_each_row_once_also_where_it_was_killed(workdir, tmp_path, monkeypatch,
+                                                              one_thread, capsys):
+    """Rows are what sampling and judging give directly; this process stands in for workers."""
+    pool = types.SimpleNamespace(imap=map)
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda method: types.SimpleNamespace(
+        Pool=lambda jobs, start: contextlib.nullcontext(pool)))
+    monkeypatch.setattr(bench.signal, "signal", lambda *_: None)
+    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(fid, "digit_distances", lambda images, reference: {   # cheaper, as telling
+        "frechet_classifier": float(images.mean(dtype=float)), "n_reference": len(reference)})
     monkeypatch.chdir(tmp_path)
-    for folder in ("prepared/digits", "out"):
-        (tmp_path / folder).mkdir(parents=True)
-        for file in (workdir / folder).iterdir():
-            (tmp_path / folder / file.name).write_bytes(file.read_bytes())
-    meta = json.loads((tmp_path / "prepared/digits/meta.json").read_text())
-    meta["arrays"]["z"]["sha256"] = "another"
-    (tmp_path / "prepared/digits/meta.json").write_text(json.dumps(meta))
-    with pytest.raises(data.UserError, match="not the data"):
-        main(train, "--steps 9")
-
-
-def test_restart_keeps_the_old_run(workdir, tmp_path, monkeypatch):
-    monkeypatch.chdir(workdir)
-    (tmp_path / "ckpt.pt").write_bytes(b"old")
-    (tmp_path / "log.jsonl").write_text("old")
-    (tmp_path / "ckpt_0000100.pt").write_bytes(b"kept")
-    with pytest.raises(data.UserError, match="is not finite"):
-        main(train, f"--restart --lr 1e30 --steps 6 --batch_size 8 --out {tmp_path}")
-    assert not (tmp_path / "ckpt.pt").exists() and not (tmp_path / "log.jsonl").exists()
-    assert (tmp_path / "ckpt.pt.old").read_bytes() == b"old"
-    assert (tmp_path / "log.jsonl.old").read_text() == "old"
-    assert (tmp_path / "ckpt_0000100.pt.old").read_bytes() == b"kept"
-
-
-def test_torchruns_own_restart_of_a_restarted_run_goes_on(workdir, monkeypatch):
-    monkeypatch.chdir(workdir)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(data.UserError, match="is done, with 8 steps"):
-        main(train, f"{BRIEF.removeprefix('train.py ')} --restart")
-
-
-@needs_shared
-@pytest.mark.slow
-def test_the_default_route_on_64_photographs(tmp_path):
-    """SD-VAE's and DINOv2-B's architectures, with random weights in the hubs' formats, against
-    diffusers' and timm's own pipelines."""
-    import diffusers
-    import safetensors.torch
-    import timm
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(                                       # sd-vae-ft-ema's config
-        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4).eval()
-    vae.save_pretrained(tmp_path / "vae")
-    dino = timm.create_model(pca.DINOV2)                                 # 518 pixels, as on the hub
-    for name, p in dino.named_parameters():
-        p.data += 0.02 * normal(*p.shape, seed=p.numel() % 1000)
-    safetensors.torch.save_file(dino.state_dict(), tmp_path / "dino.safetensors")
-    chosen = sorted((SHARED / "imagenette/val").rglob("*.JPEG"))[::61][:64]
-    for path in chosen:
-        target = tmp_path / "images" / path.parent.name / path.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(path)
-    command = (f"data.py --images images --out out --vae vae --encoder_weights {tmp_path}/"
-               "dino.safetensors")
-    error = run(command, tmp_path, ok=False, threads=os.cpu_count())     # a random VAE's scale
-    assert "have RMS" in error
-    better = error.split("--vae_scale ")[1].split()[0]
-    run(f"{command} --vae_scale {better}", tmp_path, threads=os.cpu_count())
-    ours = data.Prepared(str(tmp_path / "out"))
-    assert ours.x.shape == (64, 8, 32, 32) and ours.z.shape == (64, 16, 16, 16)
-    bytes_an_image = sum((tmp_path / f"out/{name}.npy").stat().st_size for name in "xzy") / 64
-    assert bytes_an_image < 25_000
-    row, path = 10, sorted((tmp_path / "images").rglob("*.JPEG"))[10]
-    image = Image.fromarray(data.load_image(path, 256))
-    processor = diffusers.image_processor.VaeImageProcessor()
-    with torch.no_grad():
-        posterior = vae.encode(processor.preprocess(image)).latent_dist
-    mean, std = torch.from_numpy(ours.x[row].astype(np.float32)).chunk(2)
-    assert mean.allclose(posterior.mean[0], atol=1e-3 * posterior.mean.std().item(), rtol=2e-3)
-    assert std.allclose(posterior.std[0], atol=1e-3, rtol=2e-3)
-    net = timm.create_model(pca.DINOV2, img_size=224, num_classes=0, pretrained=True,
-                            pretrained_cfg_overlay={"file": f"{tmp_path}/dino.safetensors"}).eval()
-    config = timm.data.resolve_model_data_config(net)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
-    inputs = torch.nn.functional.interpolate((pixels - mean) / std, 224, mode="bicubic")
-    with torch.no_grad():
-        tokens = net.forward_features(inputs)[0, net.num_prefix_tokens:].double().numpy()
-    z = pca.load(str(tmp_path / "out/pca.npz")).project(tokens).T.reshape(16, 16, 16)
-    assert np.abs(z - ours.z[row]).max() < 0.02 and z.std() > 1
+    (tmp_path / "prepared").symlink_to(workdir / "prepared")
+    judged, calls, main_of_train = bench.judged, [], train.main
+    monkeypatch.setattr(train, "main", lambda args: (calls.append("train"), main_of_train(args)))
+    monkeypatch.setattr(bench, "judged", lambda path, key: (
+        calls.append(key) if len(calls) != 3 else 1 / 0, judged(path, key))[1])
+    with pytest.raises(ZeroDivisionError):                                # the third is not judged
+        main(bench, METHOD)
+    with open("r/rows", "a") as file:
+        file.write('{"family": "SiT", "cond')                            # nor a fourth written
+    calls.append("killed")
+    main(bench, METHOD)
+    shown, lines = capsys.readouterr().out, pathlib.Path("r/rows").read_text().splitlines()
+    (out, plan), = bench.planned(bench.parser().parse_args(METHOD.split())).items()
+    assert calls == ["train", *plan[:2], "killed", *plan[2:]] and len(plan) == 7
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    assert len(lines) == len(rows) + 1 and [row["method"] for row in rows[:5]] == ["floor"] * 5
+    assert rows[0]["n_reference"] == 899 - 1 + (1797 % 2 == 0) and rows[5]["n_reference"] == 1797
+    net, _ = pretrained.load_model(f"{out}/ema_0000003.pt")
+    for row, key in zip(rows[5:], plan, strict=True):
+        assert key.items() <= row.items()
+        if (row["step"], row["z"]) == (3, None):
+            y = torch.zeros(10, dtype=torch.long)
+            x, _ = sample.generate(net, y, 2, seed=1, w_r=row["w_r"], batch_size=125)
+            assert row["frechet_classifier"] == data.to_images(x).mean(dtype=float)
+    assert len({row["frechet_classifier"] for row in rows[5:]}) == 7
+    assert not os.path.exists(f"{out}/ema_0000001.pt") and os.path.exists("r/methods.png")
+    main(bench, METHOD)
+    assert capsys.readouterr().out == shown and len(calls) == 9           # nothing is made again
+    refused(bench, "methods --only SiT-0", "in no run's name")
 
 
 @pytest.mark.slow
-def test_the_main_job_makes_digits_that_read_as_asked(tmp_path):
-    run("train.py", tmp_path)
-    assert json.loads((tmp_path / "out/results.json").read_text())["read_as_asked_percent"] >= 98
+def test_a_killed_or_stopped_bench_takes_its_workers_along(workdir, tmp_path):
+    (tmp_path / "prepared").symlink_to(workdir / "prepared")
+    log, command = tmp_path / "runs/digits/SiT-unconditional-merged-1/log.jsonl", METHOD.split()
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        process = subprocess.Popen([sys.executable, HERE / "bench.py", *command, "--points=9999"],
+                                   cwd=tmp_path, stdout=subprocess.DEVNULL)
+        size = log.stat().st_size if log.exists() else 0
+        while process.poll() is None and (not log.exists() or log.stat().st_size == size):
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait() == code
+        with bench.run.locked(log.parent):                                # no one trains there
+            assert pretrained.load_checkpoint(log.parent / "ckpt.pt")["step"] > 0
+
+
+def test_the_plan_of_methods_has_every_run_and_row():
+    plan = bench.planned(bench.parser().parse_args(["methods"]))
+    keys = [key for keys in plan.values() for key in keys]
+    assert len(plan) == 44 and len({json.dumps(key) for key in keys}) == len(keys)
+    assert len(keys) == 44 * 6 + 5 * 2 * 3 + 2 * (5 + 3 + 3)             # points, RG, real z
+    assert {key["step"] for key in keys if key["w_r"] > 1} == {800, 1400, 2800}
+
+
+@pytest.mark.parametrize("name", ["SiT-T/2", "DiT-T/2"])
+def test_real_z_is_noised_with_the_samplers_own_noise(name):
+    """And dropped for the branch that representation guidance adds."""
+    net, seen, z = tiny(name), [], normal(4, 3, 8, 8, seed=9)
+    net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    sample.generate(net, torch.arange(3), 4, w_r=2.0, batch_size=2,
+                    guide=bench.real_z(iter(z.split(2))))
+    for i, (_, z_t, t, labels) in enumerate(seen):
+        batch = [0, 1] if i < 4 else [2, 3]
+        _, eps = next(sample.image_noise(net, 0, batch, torch.device("cpu")))
+        assert torch.equal(z_t[:2], net.diffusion.add_noise(z[batch], eps, t[:2]))
+        assert not z_t[2:].any() and labels[:2].tolist() == ([0, 1] if i < 4 else [2, 0])
+    assert len(seen) == 8
+
+
+def test_the_figure_and_the_steps_fewer_of_curves_with_a_known_answer(capsys):
+    """Distance 1000 / steps without ReDi, 2 or 3 times less with it: as many times fewer steps."""
+    import matplotlib.figure
+    points = np.array([100, 200, 400, 800])
+    rows = [{"setting": "SiT conditional", "method": method, "seed": seed, "step": int(step),
+             "w_r": 1.0, "z": None, "n_samples": 9, "sample_steps": 2,
+             "frechet_classifier": 1000 / step / (2 + seed if method == "merged" else 1)}
+            for method in ("none", "merged") for seed in (0, 1) for step in points]
+    panel, = bench.summary(rows, [0.5, 0.7], matplotlib.figure.Figure).axes
+    shown = capsys.readouterr().out
+    assert "none needs 2.50 ± 0.71 times ReDi's steps" in shown and "halves: 0.60 ± 0.14" in shown
+    assert "| SiT conditional merged | 1 |  | 4.17 ± 1.18 | 2.08 ± 0.59 |" in shown
+    assert panel.get_xscale() == panel.get_yscale() == "log"
+    assert panel.containers[1].lines[0].get_xydata() == pytest.approx(
+        np.stack([points, 1000 / points * 5 / 12], 1))                    # the mean of 1/2 and 1/3
+    assert panel.lines[-1].get_ydata() == pytest.approx([0.6, 0.6])
+    assert bench.steps_to(3, {10: 9, 20: 4, 40: 5, 80: 1}) == pytest.approx(
+        40 * 2 ** (np.log(4 / 3) / np.log(4)))
+    assert bench.steps_fewer({0: {1: 2, 4: 1}}, {0: {1: 4, 4: 2}}) == [0.25]            # ReDi lags
+
+
+def test_losses_over_time_are_mean_squares_with_and_without_z(workdir, digits, capsys):
+    path, prepared = workdir / "out/ckpt.pt", workdir / "prepared/digits"
+    main(bench, f"losses --ckpt {path} --n_images 70 --device cpu --data {prepared}")   # 64 and 6
+    header, _, *lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [line[1] for line in lines] == ["x", "z", "x, z dropped"]
+    net, _ = pretrained.load_model(str(path))
+    x, z, y, _ = digits.unpack(digits.read(digits.examples(70)))
+    noise = train.sample_noise(0, 0, 70, slice(None), net)
+    t, eps_x, eps_z = torch.full((70,), 0.35), noise["eps_x"], noise["eps_z"]
+    x_t, z_t = 0.35 * x + 0.65 * eps_x, 0.35 * z + 0.65 * eps_z
+    (pred_x, pred_z), (null_x, _) = (net(x_t, seen, t, y) for seen in (z_t, 0 * z_t))
+    expected = [(pred - target).square().mean().item() for pred, target in (
+        (pred_x, x - eps_x), (pred_z, z - eps_z), (null_x, x - eps_x))]
+    assert [float(line[header.index("t = 0.35")]) for line in lines] == pytest.approx(
+        expected, abs=6e-4)
 
 
 if __name__ == "__main__":
