@@ -1183,9 +1183,10 @@ FLAGS = BRIEF.removeprefix("train.py ")
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory):
     """A folder where `python train.py` has just run, briefly: prepared/digits and out are there.
-    From here on few digits are judged, for speed."""
+    From here on their encoder learns for 4 epochs and few digits are judged, for speed."""
     folder, here, threads = tmp_path_factory.mktemp("work"), os.getcwd(), torch.get_num_threads()
     train.finish.__defaults__ = 25,
+    data.train_digit_encoder.__defaults__ = 4, 64, 0
     os.chdir(folder)
     data.prepare_digits()
     torch.set_num_threads(1)                             # sums of other threads are other bits
