@@ -474,10 +474,10 @@ class LatentDataset:
         rows = np.asarray(rows)
         shards = np.searchsorted(self.ends, rows, "right")
         records = [self.shard(k)[place] for k, place in zip(shards, rows - self.ends[shards])]
-        parts = {name: torch.from_numpy(np.stack([record[name] for record in records]))
-                 for name in self.names}
-        parts["z"] = parts["z"][:, self.channels]
-        return [parts.get(name) for name in "xzyf"]
+        parts = {name: np.stack([record[name] for record in records]) for name in self.names}
+        # numpy's indexing: torch's would start threads of its own in each that loads batches
+        parts["z"] = np.ascontiguousarray(parts["z"][:, self.channels])
+        return [torch.from_numpy(parts[name]) if name in parts else None for name in "xzyf"]
 
     def unpack(self, stored, eps=None):
         """What read() returned, on any device -> x (B, C, H, W), scaled; z (B, r, H, W) on x's grid
