@@ -4,9 +4,10 @@
     python bench.py speed --official ReDi        # images/s beside the authors' code, a clone of it
     python bench.py losses --ckpt out/ckpt.pt    # losses over time, with z and without
 """
+import argparse
 import contextlib
 import copy
-import functools
+import glob
 import itertools
 import json
 import math
@@ -19,6 +20,69 @@ import tempfile
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
+
+import run
+from run import UserError
+
+METHODS = {"none": {"fusion": "none"}, "merged": {}, "separate": {"fusion": "separate"},
+           "REPA": {"fusion": "none", "repa": 0.5}}
+# of merged, whose own are 1 and 1: z's unit and the weight of its loss
+SWEEP = {f"merged, z RMS {rms:g}, lam_z {lam_z:g}": {"z_rms": rms, "lam_z": lam_z}
+         for rms in (0.3, 1.0, 3.0) for lam_z in (0.25, 1.0, 4.0) if rms != 1 or lam_z != 1}
+REAL_Z = "merged, real z"                    # rows of merged that see the z of real images
+PLAN = [("SiT", False, ("none", "merged"), 5),       # family, conditional, methods, seeds: the most
+        ("SiT", True, ("none", "merged"), 5),        # telling first
+        ("SiT", False, SWEEP, 1),
+        ("SiT", False, ("separate", "REPA"), 3),
+        ("SiT", True, ("separate", "REPA"), 3),
+        ("DiT", False, ("none", "merged"), 3),
+        ("DiT", True, ("none", "merged"), 3)]
+LINES = {"none": ("none", 1.0, "gray"), "ReDi": ("merged", 1.0, "tab:blue"),
+         "ReDi + RG": ("merged", 2.0, "tab:red")}    # of the figure: method, w_r, colour
+METRICS = "frechet_classifier", "frechet_pixels"     # of a table each, the first of the figure
+NFE = 250                                            # sampling steps that images/s are said for
+TIMES = [k / 20 for k in range(1, 20, 2)]            # of losses, from 0 (noise) to 1 (data)
+
+
+def parser():
+    p, several = run.Parser(description=__doc__), run.number(int, lambda n: n > 1, "2 or more")
+    commands = p.add_subparsers(required=True, dest="command", metavar="COMMAND",
+                                parser_class=run.Parser)
+    q = commands.add_parser("methods", help="every method on digits: rows, table and figure")
+    q.flag("points", [100, 200, 400, 800, 1400, 2800], "training steps after which samples are "
+                                                       "judged", nargs="+", type=run.count)
+    q.flag("only", "", "runs with this in their name, such as SiT-unconditional-merged-0")
+    q.flag("n_samples", 1_000, "samples a row", type=several)
+    q.flag("sample_steps", 25, "sampling steps of the SDE, or of DiT's chain", type=several)
+    q.flag("jobs", os.cpu_count(), "runs at once, one thread each", type=run.count)
+    q.flag("out", "results/digits.jsonl", "the rows, those that are there are not made again; the "
+           "table goes beside them, as .md", metavar="FILE")
+    q.flag("figure", "assets/methods.png", "the figure", metavar="FILE")
+    q = commands.add_parser("speed", help="training and sampling images/s, on random numbers")
+    q.flag("models", [f"SiT-{size}/2" for size in ("S", "B", "L", "XL")], "which networks",
+           nargs="+", type=str, metavar="MODEL")
+    q.flag("methods", ["none", "merged", "separate"], "which ways to use z", nargs="+",
+           choices=["none", "merged", "separate"])
+    q.add_argument("--official", metavar="DIR", help="a clone of zelaki/ReDi, to compare with")
+    q.flag("batch_size", 256, "images a step", type=run.count)
+    q.add_argument("--micro_batch_size", type=run.count, help="as for train.py")
+    q.flag("steps", 10, "training steps a round", type=run.count)
+    q.flag("rounds", 5, "repetitions, after one that warms up", type=run.count)
+    q.flag("sample_steps", 4, f"sampling steps a round; images/s are for {NFE}", type=several)
+    q.flag("rows", os.devnull, "append the rows to this .jsonl file", metavar="FILE")
+    q.device_flags()
+    q = commands.add_parser("losses", help="losses over time, with z and without")
+    q.flag("ckpt", ["out/ckpt.pt"], "checkpoints of train.py", nargs="+", type=str, metavar="FILE")
+    q.add_argument("--data", metavar="DIR", help="other images, prepared with the same PCA "
+                                                 "(default: the training data)")
+    q.flag("n_images", 512, "images", type=run.count)
+    q.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    return p
+
+
+if __name__ == "__main__":     # before torch, which takes seconds: --help and typos are quicker
+    args = parser().parse_args()
 
 import numpy as np
 import torch
@@ -29,82 +93,57 @@ import fid
 import model
 import pca
 import pretrained
-import run
 import sample
 import train
-from run import UserError
-
-METHODS = {"none": {"fusion": "none"}, "REPA": {"fusion": "none", "repa": train.REPA_WEIGHT},
-           "merged": {"fusion": "merged"}, "separate": {"fusion": "separate"}}
-N_SEEDS = {"SiT": {"none": 5, "REPA": 3, "merged": 5, "separate": 3},
-           "DiT": {"none": 3, "merged": 3}}
-LINES = {"none": ("none", 1.0), "ReDi": ("merged", 1.0), "ReDi + RG 1.5": ("merged", 1.5),
-         "ReDi + RG 2": ("merged", 2.0)}             # of the figure: method and w_r
-NFE = 250                                            # sampling steps that images/s are said for
-TIMES = [k / 20 for k in range(1, 20, 2)]            # of losses, from 0 (noise) to 1 (data)
 
 
-def flags(settings):
-    """Settings as flags of train.py."""
-    return [f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
-            for name, value in settings.items() if value is not None]
+def train_args(settings):
+    """train.py's flags, with these set."""
+    return argparse.Namespace(**vars(train.parser().parse_args([])) | settings)
 
 
-def kept(path, key, make=dict):
-    """The row of a .jsonl file that says all that key says. If there is none, key | make(), which
-    is appended in one write: processes may share the file."""
+def read_rows(path, keys):
+    """For each of the keys the row of a .jsonl file that says all that it says, or None."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError), open(path) as file:
+        for line in file:
+            with contextlib.suppress(json.JSONDecodeError):            # a kill tore it
+                rows.append(json.loads(line))
+    return [next((row for row in rows if key.items() <= row.items()), None) for key in keys]
+
+
+def append_row(path, row):
+    """In one write, since processes share the file; a line that a kill tore is ended."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "ab+") as file:
-        file.seek(0)
-        *lines, torn = file.read().split(b"\n")
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):            # a kill tore it
-                row = json.loads(line)
-                if key.items() <= row.items():
-                    return row
-        row = key | make()
-        file.write(b"\n" * bool(torn) + json.dumps(row).encode() + b"\n")
-    return row
+        file.seek(max(0, file.tell() - 1))
+        torn = file.read() not in (b"", b"\n")
+        file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
 
 
 # methods
 
 def planned(args):
-    """{folder of a training run: the keys of its rows}. seed: of training and of the samples'
-    noise; z: "real" where the network sees the z of real images, which no sampler has."""
+    """{a run's name: (its settings, the keys of its rows)}. seed: of training and of the samples'
+    noise; z_rms: of z in the data."""
     plan = {}
-    for family, conditional in itertools.product(args.families, (False, True)):
+    for family, conditional, methods, n_seeds in PLAN:
         setting = f"{family} {'conditional' if conditional else 'unconditional'}"
-        for method in args.methods or N_SEEDS[family]:
-            kinds = [(step, 1.0, None) for step in args.points]
-            if setting == "SiT unconditional" and method == "merged":
-                kinds += [(step, w_r, None) for w_r in (1.5, 2.0) for step in args.points[-3:]]
-            if METHODS[method]["fusion"] != "none":
-                kinds += [(args.points[-1], 1.0, "real")]
-            for seed in args.seeds or range(N_SEEDS[family].get(method, 3)):
-                name = f"{setting} {method} {seed}".replace(" ", "-")
-                plan[f"runs/digits/{name}"] = [
-                    {"family": family, "conditional": conditional, "method": method, "seed": seed,
-                     "step": step, "w_r": w_r, "z": z, "n_samples": args.n_samples,
-                     "sample_steps": args.sample_steps, "setting": setting}
-                    for step, w_r, z in kinds if args.only in name]
-    return {out: keys for out, keys in plan.items() if keys}
-
-
-def real_z(batches):
-    """A guide for sample_batches(): guided(), but the network sees the z_t of real images, whose z
-    (B, r, H, W) the batches are, noised with what z_t begins with."""
-    def guide(net, y, **guidance):
-        predict, z, eps = sample.guided(net, y, **guidance), next(batches).to(y.device), []
-
-        def of_real(state, t):
-            eps[:] = eps or state[1:]
-            z_t = net.diffusion.add_noise(z, *eps, torch.full((len(y),), t, device=y.device))
-            return predict([state[0], z_t], t)
-
-        return of_real
-
-    return guide
+        for seed, method in itertools.product(range(n_seeds), methods):
+            kinds = [(method, step, 1.0) for step in args.points]
+            if method == "merged":
+                kinds.append((REAL_Z, args.points[-1], 1.0))
+            if (setting, method) == ("SiT unconditional", "merged"):
+                kinds += itertools.product([method], args.points[-3:], (1.5, 2.0))
+            name = f"{setting} {method} {seed}".replace(",", "").replace(" ", "-")
+            own = SWEEP.get(method, {})
+            plan[name] = {"model": f"{family}-T/2", "unconditional": not conditional,
+                          "seed": seed} | METHODS.get(method, {}) | own, [
+                {"family": family, "conditional": conditional, "method": kind, "seed": seed,
+                 "step": step, "w_r": w_r, "n_samples": args.n_samples,
+                 "sample_steps": args.sample_steps, "setting": setting} | own
+                for kind, step, w_r in kinds]
+    return plan
 
 
 def judged(path, key, batch_size=125):
@@ -113,71 +152,107 @@ def judged(path, key, batch_size=125):
     net, _ = pretrained.load_model(path)
     n, options = key["n_samples"], {"w_r": key["w_r"]}
     y = data.classes_in_turn(n, net.n_classes)
-    if key["z"] == "real":
+    if key["method"] == REAL_Z:
         dataset = data.open_data("digits", net.r)
-        rows = torch.arange(-(-n // batch_size) * batch_size) % dataset.n
+        rows = torch.arange(n) % dataset.n
         _, z, of_z, _ = dataset.unpack(dataset.read(rows))
-        y, options["guide"] = of_z[:n] if net.n_classes else y, real_z(iter(z.split(batch_size)))
+        y, options["guide"] = of_z if net.n_classes else y, sample.given_z(z)
     x, _ = sample.generate(net, y, key["sample_steps"], None, key["seed"], batch_size, **options)
     images, digits = data.to_images(x), data.to_images(data.digits()[0])
     return (fid.digit_distances(images, digits)
             | fid.judge_digits(images, y.numpy() if net.n_classes else None))
 
 
-def make_rows(args, planned_run):
-    """The rows of a training run; what of it is not there is trained and judged."""
-    out, keys = planned_run
-    every, last = math.gcd(*args.points), args.points[-1]
-    paths = {step: f"{out}/ema_{step:07d}.pt" for step in range(every, last + 1, every)}
+def make_rows(args, name, settings, keys):
+    """What is not there of a run: its training, and its rows."""
+    out, last = f"runs/digits/{name}", args.points[-1]
+    paths = {step: f"{out}/ema_{step:07d}.pt" for step in args.points}
+    if not all(map(os.path.exists, paths.values())):
+        rms = settings.get("z_rms")
+        if rms:
+            settings = settings | {"data": f"prepared/digits_z_rms_{rms:g}"}
+            unit = data.open_data("digits", 0).meta["encoders"][0]["scale"]
+            data.prepare_digits(settings["data"], scale=rms * unit)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), \
+                contextlib.redirect_stderr(nowhere):       # the bars of several runs
+            train.main(train_args(settings | {
+                "steps": last, "keep_every": math.gcd(*args.points), "preview_every": last,
+                "sample_steps": args.sample_steps, "judge": False, "device": "cpu", "out": out}))
+        for path in {*glob.glob(f"{glob.escape(out)}/ema_*.pt")} - {*paths.values()}:
+            os.remove(path)
+    for key, row in zip(keys, read_rows(args.out, keys)):
+        if not row:
+            append_row(args.out, key | judged(paths[key["step"]], key))
 
-    def make(key):
-        if not all(os.path.exists(paths[step]) for step in args.points):
-            settings = METHODS[key["method"]] | {
-                "model": f"{key['family']}-T/2", "unconditional": not key["conditional"],
-                "seed": key["seed"], "steps": last, "keep_every": every, "preview_every": last,
-                "sample_steps": args.sample_steps, "device": "cpu", "out": out}
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), \
-                    contextlib.redirect_stderr(nowhere):   # the bars of several runs
-                train.main(train.parser().parse_args(flags(settings)))
-            for step in set(paths) - set(args.points):
-                os.remove(paths[step])
-        return judged(paths[key["step"]], key)
 
-    return [kept(args.out, key, functools.partial(make, key)) for key in keys]
-
-
-def start_worker():
-    """Ctrl-C is for the parent, whose SIGTERM lets train.py save; a dead parent ends it at once."""
+def work(of_run):
+    """make_rows() in a process of its own. Ctrl-C is for the parent, whose SIGTERM lets train.py
+    save; a dead parent ends it at once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    run.run_cli(lambda of_run: make_rows(*of_run), of_run)
+
+
+def make_run(args, name, settings, keys):
+    """Start work() and wait for it, if rows are not there."""
+    if not all(read_rows(args.out, keys)):
+        process = multiprocessing.get_context("spawn").Process(
+            target=work, args=((args, name, settings, keys),), daemon=True)
+        process.start()
+        process.join()
+        if not all(read_rows(args.out, keys)):
+            raise UserError(f"the run {name} ended before its rows were made; the same command "
+                            "continues it")
 
 
 def methods(args):
     """Make all rows, the table and the figure; what is there is not made again."""
     with run.blamed_on("methods draws a figure", "pip install matplotlib"):
-        import matplotlib.figure                           # before hours of work
+        import matplotlib.figure  # noqa: F401, before hours of work
     args.points = sorted(set(args.points))
-    for family in args.families:
-        sample.check_solver(f"{family}-T/2", None, args.sample_steps, "--sample_steps")
-    plan, rows, floor = planned(args), [], []
-    if not plan:
-        raise UserError(f"--only {args.only} is in no run's name")
-    digits = data.to_images(data.digits()[0])
-    for seed in range(5):                                  # what a perfect sampler would come to
-        one, other = np.array_split(np.random.default_rng(seed).permutation(digits), 2)
-        key = dict.fromkeys(("family", "conditional", "step", "w_r")) | {
-            "method": "floor", "seed": seed, "n_samples": len(one)}
-        floor.append(kept(args.out, key, lambda: fid.digit_distances(one, other)))
+    plan, digits = planned(args), data.to_images(data.digits()[0])
+    runs = [(args, name, *plan[name]) for name in plan if args.only in name]
+    if not runs:
+        raise UserError(f"--only {args.only} is in no run's name, such as {next(iter(plan))}")
+    floor = [dict.fromkeys(("family", "conditional", "step", "w_r")) | {
+        "method": "floor", "seed": seed, "n_samples": len(digits) // 2} for seed in range(5)]
+    for key, row in zip(floor, read_rows(args.out, floor)):
+        if not row:                                        # what a perfect sampler would come to
+            shuffled = np.random.default_rng(key["seed"]).permutation(digits)
+            append_row(args.out, key | fid.digit_distances(*np.array_split(shuffled, 2)))
     data.prepare_digits()                                  # by one process
+    os.makedirs(os.path.dirname(args.figure) or ".", exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     os.environ["OMP_NUM_THREADS"] = "1"                    # in each worker
-    with multiprocessing.get_context("spawn").Pool(args.jobs, start_worker) as pool:
-        for of_run in pool.imap(functools.partial(make_rows, args), plan.items()):
-            rows += of_run
-            print(f"{len(rows)} of {sum(map(len, plan.values()))} rows", flush=True)
-    figure = summary(rows, [row["frechet_classifier"] for row in floor], matplotlib.figure.Figure)
-    run.write_whole(os.path.join(os.path.dirname(args.out), "methods.png"), figure.savefig)
+    keys = [key for _, keys in plan.values() for key in keys]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            for n, _ in enumerate(pool.map(lambda of_run: make_run(*of_run), runs), 1):
+                rows, halves = read_rows(args.out, keys), read_rows(args.out, floor)
+                rows = [row for row in rows if row]
+                text = "\n".join(table(rows, halves, metric) for metric in METRICS)
+                run.write_whole(f"{os.path.splitext(args.out)[0]}.md",
+                                lambda file: file.write(text.encode()))
+                run.write_whole(args.figure, figure(rows, halves).savefig)
+                print(f"{n} of {len(runs)} runs are in {args.out}", flush=True)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+
+
+def values(rows, metric, setting, method, w_r=1.0):
+    """The rows' {seed: {step: metric}}."""
+    found = {}
+    for row in rows:
+        if (row["setting"], row["method"], row["w_r"]) == (setting, method, w_r):
+            found.setdefault(row["seed"], {})[row["step"]] = row[metric]
+    return found
+
+
+def at(step, curves):
+    return [curve[step] for curve in curves.values() if step in curve]
 
 
 def mean_and_spread(values):
@@ -193,50 +268,77 @@ def steps_to(distance, curve):
     return float(np.exp(np.interp(-np.log(distance), -np.minimum.accumulate(distances), steps)))
 
 
-def steps_fewer(none, redi):
-    """How many times fewer steps ReDi needs, seed by seed of two {seed: {step: distance}}: for the
-    distance that both reach, the greater of their last ones."""
-    pairs = [(none[seed], redi[seed]) for seed in none if seed in redi]
-    reached = [max(curve[max(curve)] for curve in pair) for pair in pairs]
-    return [steps_to(distance, of_none) / steps_to(distance, of_redi)
-            for distance, (of_none, of_redi) in zip(reached, pairs)]
+def steps_fewer(none, redi, step):
+    """How many times fewer steps ReDi needs, seed by seed of two {seed: {step: distance}}, for the
+    distance that both have reached by that step. [] where one was there before its first point."""
+    ratios = []
+    for seed in none.keys() & redi.keys():
+        pair = none[seed], redi[seed]
+        reached = max(min(curve[k] for k in curve if k <= step) for curve in pair)
+        if any(curve[min(curve)] < reached for curve in pair):
+            return []
+        ratios.append(steps_to(reached, none[seed]) / steps_to(reached, redi[seed]))
+    return ratios
 
 
-def summary(rows, floor, figure):
-    """Print the distances, and how many times fewer steps ReDi needs; a figure of the former."""
-    curves = {}                            # {(setting, method, w_r, z): {seed: {step: distance}}}
-    for row in rows:
-        kind = row["setting"], row["method"], row["w_r"], row["z"]
-        curve = curves.setdefault(kind, {}).setdefault(row["seed"], {})
-        curve[row["step"]] = row["frechet_classifier"]
-    points, settings = (sorted({row[name] for row in rows}) for name in ("step", "setting"))
-    print(f"Fréchet distance in classifier space of {rows[0]['n_samples']:,} samples of "
-          f"{rows[0]['sample_steps']} steps to all digits; the digits' halves: "
-          f"{mean_and_spread(floor)}\n\n| run | w_r | z | "
-          + " | ".join(f"{step:,} steps" for step in points) + " |\n|---|---|---"
-          + "|---" * len(points) + "|")
-    for (setting, method, w_r, z), of_seeds in curves.items():
-        cells = [mean_and_spread([curve[step] for curve in of_seeds.values() if step in curve])
-                 for step in points]
-        print(f"| {setting} {method} | {w_r:g} | {z or ''} | {' | '.join(cells)} |")
-    figure = figure(figsize=(4 * len(settings), 3.5), layout="constrained")
-    panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
+def table(rows, halves, metric):
+    """In markdown: means ± standard deviations over the seeds."""
+    points = sorted({row["step"] for row in rows})
+    lines = [f"{metric} of {rows[0]['n_samples']:,} samples to all digits; * is further than none's"
+             f"\n\n| run | w_r | seeds | {' | '.join(f'{step:,} steps' for step in points)} |",
+             "|---" * (3 + len(points)) + "|"]
+    for setting, method, w_r in dict.fromkeys(
+            (row["setting"], row["method"], row["w_r"]) for row in rows):
+        curves = values(rows, metric, setting, method, w_r)
+        none = values(rows, metric, setting, "none")
+        cells = []
+        for step in points:
+            found, plain = at(step, curves), at(step, none)
+            behind = found and plain and statistics.mean(found) > statistics.mean(plain)
+            cells.append(mean_and_spread(found) + "*" * bool(behind))
+        lines.append(f"| {setting} {method} | {w_r:g} | {len(curves)} | {' | '.join(cells)} |")
+        if (method, w_r) == ("merged", 1):
+            cells = [mean_and_spread(steps_fewer(none, curves, step)) for step in points]
+            lines.append("| times fewer steps than none for the same distance | | "
+                         f"{len(none.keys() & curves.keys())} | {' | '.join(cells)} |")
+    cells = [mean_and_spread([row[metric] for row in halves])] * len(points)
+    lines.append(f"| half of the digits to the other | | {len(halves)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(rows, halves, metric=METRICS[0]):
+    """Distances over steps, a panel for each of the first two settings."""
+    import matplotlib.figure
+    settings = list(dict.fromkeys(row["setting"] for row in rows))[:2]
+    points = sorted({row["step"] for row in rows})
+    picture = matplotlib.figure.Figure(figsize=(10, 4), dpi=150, layout="constrained")
+    panels = picture.subplots(1, len(settings), sharey=True, squeeze=False)[0]
     for setting, panel in zip(settings, panels):
-        of_lines = {name: curves.get((setting, *line, None), {}) for name, line in LINES.items()}
-        ratios = steps_fewer(of_lines["none"], of_lines["ReDi"])
-        if ratios:
-            print(f"{setting}: none needs {mean_and_spread(ratios)} times ReDi's steps for the "
-                  "distance that both reach")
-        for name, of_seeds in of_lines.items():
-            if of_seeds:
-                distances = np.array([[*curve.values()] for curve in of_seeds.values()])
-                steps = [*next(iter(of_seeds.values()))]
-                panel.errorbar(steps, distances.mean(0), distances.std(0), label=name)
-        panel.axhline(np.mean(floor), color="grey", label="the digits' halves")
-        panel.set(title=setting, xscale="log", yscale="log", xlabel="training steps")
-    panels[0].set_ylabel("Fréchet distance")
-    panels[0].legend()
-    return figure
+        for label, (method, w_r, colour) in LINES.items():
+            curves = values(rows, metric, setting, method, w_r)
+            steps = [step for step in points if at(step, curves)]
+            found = [at(step, curves) for step in steps]
+            mean = np.array([np.mean(each) for each in found])
+            spread = np.array([np.std(each, ddof=len(each) > 1) for each in found])
+            panel.plot(steps, mean, "o-", color=colour, label=label)
+            panel.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2)
+        panel.axhline(statistics.mean(row[metric] for row in halves), color="black",
+                      linestyle=":", label="half of the digits to the other")
+        none, redi = (values(rows, metric, setting, method) for method in ("none", "merged"))
+        for step in points:
+            ratios = steps_fewer(none, redi, step)
+            panel.text(step, 0.96, f"{statistics.mean(ratios):.1f}×" if ratios else "", va="top",
+                       ha="center", transform=panel.get_xaxis_transform())
+        panel.set(xscale="log", yscale="log", title=setting,
+                  xlabel="training steps (on top: how many times fewer ReDi needs)")
+        panel.set_xticks(points, [f"{step:,}" for step in points])
+        panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.minorticks_off()
+        panel.margins(y=0.15)
+    panels[0].set_ylabel("Fréchet distance to the digits")
+    panels[0].legend(loc="lower left")
+    return picture
 
 
 # speed
@@ -259,9 +361,8 @@ def random_data(folder, n=1024, r=8):
 def ours(args, device, name, method, folder):
     """(config of a method's network, a function that makes n training steps, one that makes n
     samples), as train.py and sample.py do."""
-    of_run = train.parser().parse_args(flags(METHODS[method] | {
-        "model": name, "data": folder, "batch_size": args.batch_size, "bf16": args.bf16,
-        "micro_batch_size": args.micro_batch_size, "compile": args.compile}))
+    of_run = train_args(METHODS[method] | {"model": name, "data": folder} | {key: getattr(
+        args, key) for key in ("batch_size", "micro_batch_size", "bf16", "compile")})
     settings = train.resolve(of_run)
     train.check(settings, args.micro_batch_size)
     trainer = train.Trainer(settings, of_run, device)
@@ -277,7 +378,7 @@ def ours(args, device, name, method, folder):
         sample.generate(trainer.ema, y, args.sample_steps, batch_size=n, device=device,
                         bf16=args.bf16)
 
-    return trainer.config, train_steps, make_samples
+    return trainer.net.config, train_steps, make_samples
 
 
 def theirs(args, device, name, with_encoder):
@@ -332,25 +433,24 @@ def forward_flop(config):
 
 
 def seconds_of(work, device):
-    """Of the slowest process, up to the end of what it started on its GPU."""
+    """Up to the end of what it started on a GPU."""
     moments = []
     for do in (lambda: None, work):
         do()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        run.gather(None)
         moments.append(time.perf_counter())
     return moments[1] - moments[0]
 
 
 def speed_of(args, device, name, folder):
     """The rows of a model: its methods and, with --official, the authors' code, in turn round by
-    round. Images/s are those of all processes: median, least and most."""
-    n_processes, on_gpu = run.rank_and_count()[1], device.type == "cuda"
+    round: median, least and most."""
+    on_gpu, n = device.type == "cuda", min(args.batch_size, 64)
     dtype, size = torch.bfloat16 if args.bf16 else torch.float32, 8192 if on_gpu else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    peak = n_processes * max(2 * size ** 3 / seconds_of(lambda: a @ b, device) for _ in range(6))
-    n, codes, memory, rates = min(args.batch_size, 64), {}, {}, {}
+    peak = max(2 * size ** 3 / seconds_of(lambda: a @ b, device) for _ in range(6))
+    codes, memory, rates = {}, {}, {}
     official = ["official", "official with encoder"] if args.official else []
     for method in [*args.methods, *official]:
         before = torch.cuda.memory_allocated()
@@ -368,47 +468,35 @@ def speed_of(args, device, name, folder):
             memory[method] += torch.cuda.max_memory_allocated() - before
         sampling = seconds_of(lambda: make_samples(n), device)
         if k > 0:
-            rates.setdefault(method, []).append((
-                args.batch_size * args.steps / training,
-                n_processes * n * args.sample_steps / NFE / sampling))
+            rates.setdefault(method, []).append((args.batch_size * args.steps / training,
+                                                 n * args.sample_steps / NFE / sampling))
     for method, of_rounds in rates.items():
         training, sampling = ([statistics.median(each), min(each), max(each)]
                               for each in zip(*of_rounds))
         flop = 3 * forward_flop(codes[method][0])          # of a training step, an image
-        yield {"model": name, "method": method, "n_processes": n_processes,
-               "training_images_per_s": training, "sampling_images_per_s": sampling,
-               "peak_flop_per_s": peak, "mfu_percent": 100 * flop * training[0] / peak,
-               "memory_gb": memory[method] / 1e9, "date": time.strftime("%Y-%m-%d"),
+        yield {"model": name, "method": method, "training_images_per_s": training,
+               "sampling_images_per_s": sampling, "peak_flop_per_s": peak,
+               "mfu_percent": 100 * flop * training[0] / peak, "memory_gb": memory[method] / 1e9,
+               "date": time.strftime("%Y-%m-%d"),
                "device": torch.cuda.get_device_name() if on_gpu else "cpu"}
     torch._dynamo.reset()                                  # code for another width
 
 
 def speed(args):
     """Print and keep what every model and method does a second, and how well it uses the device."""
-    rank, n_processes = run.rank_and_count()
-    if args.official and (args.data or n_processes > 1):
-        raise UserError("--official is for one process, and without --data")
-    for name in args.models:
-        sample.check_solver(name, None, args.sample_steps, "--sample_steps")
-    device = run.begin(args)
-    if rank == 0:
-        print("| model | method | training images/s: median (least to most) | MFU % | memory GB | "
-              f"sampling images/s, {NFE} steps |\n|---|---|---|---|---|---|", flush=True)
+    device, settings = run.begin(args), dict(vars(args))
+    print("| model | method | training images/s: median (least to most) | MFU % | memory GB | "
+          f"sampling images/s, {NFE} steps |\n|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        if not args.data:
-            random_data(folder)
-        for row in itertools.chain(*(speed_of(args, device, name, args.data or folder)
-                                     for name in args.models)):
-            if rank > 0:
-                continue
-            training, sampling = ("{:.4g} ({:.4g} to {:.4g})".format(*row[f"{kind}_images_per_s"])
-                                  for kind in ("training", "sampling"))
-            print(f"| {row['model']} | {row['method']} | {training} | {row['mfu_percent']:.1f} | "
-                  f"{row['memory_gb']:.1f} | {sampling} |", flush=True)
-            if args.rows:
-                kept(args.rows, row | {key: getattr(args, key) for key in (
-                    "batch_size", "micro_batch_size", "bf16", "compile", "sample_steps", "data")})
-    run.end()
+        random_data(folder)
+        for name in args.models:
+            for row in speed_of(args, device, name, folder):
+                training, sampling = (
+                    "{:.4g} ({:.4g} to {:.4g})".format(*row[f"{kind}_images_per_s"])
+                    for kind in ("training", "sampling"))
+                print(f"| {name} | {row['method']} | {training} | {row['mfu_percent']:.1f} | "
+                      f"{row['memory_gb']:.1f} | {sampling} |", flush=True)
+                append_row(args.rows, settings | row)
 
 
 # losses
@@ -454,51 +542,8 @@ def losses(args):
 
 
 def main(args):
-    args.command(args)
-
-
-def parser():
-    p = run.Parser(description=__doc__)
-    commands = p.add_subparsers(required=True, metavar="COMMAND", parser_class=run.Parser)
-    q = commands.add_parser("methods", help="every method on digits: rows, table and figure")
-    q.set_defaults(command=methods)
-    q.flag("families", [*N_SEEDS], "which networks", nargs="+", choices=[*N_SEEDS])
-    q.flag("methods", None, "which ways to use z; None: SiT all, DiT none and merged", nargs="+",
-           choices=[*METHODS])
-    q.flag("seeds", None, "of training and samples; None: 0 to 4 for SiT none and merged, 0 to 2 "
-                          "for the others", nargs="+", type=run.natural)
-    q.flag("points", [100, 200, 400, 800, 1400, 2800], "training steps after which samples are "
-                                                       "judged", nargs="+", type=run.count)
-    q.flag("only", "", "runs with this in their name, such as SiT-unconditional-merged-0")
-    q.flag("n_samples", 1_000, "samples a row", type=run.number(int, lambda n: n > 1, "2 or more"))
-    q.flag("sample_steps", 25, "sampling steps of the SDE, or of DiT's chain", type=run.count)
-    q.flag("jobs", 2, "runs at once, one thread each", type=run.count)
-    q.flag("out", "results/digits.jsonl", "the rows; what is there is not made again. The figure, "
-           "methods.png, is put beside it", metavar="FILE")
-    q = commands.add_parser("speed", help="training and sampling images/s")
-    q.set_defaults(command=speed)
-    q.flag("models", [f"SiT-{size}/2" for size in ("S", "B", "L", "XL")], "which networks",
-           nargs="+", choices=model.NAMES, metavar="MODEL")
-    q.flag("methods", [*model.FUSIONS], "which ways to use z", nargs="+", choices=model.FUSIONS)
-    q.add_argument("--data", metavar="DIR", help="a prepared folder (default: random numbers of "
-                                                 "ImageNet's shapes)")
-    q.add_argument("--official", metavar="DIR", help="a clone of zelaki/ReDi, to compare with")
-    q.flag("batch_size", 256, "images a step, all processes together", type=run.count)
-    q.add_argument("--micro_batch_size", type=run.count, help="as for train.py")
-    q.flag("steps", 10, "training steps a round", type=run.count)
-    q.flag("rounds", 5, "repetitions, after one that warms up", type=run.count)
-    q.flag("sample_steps", 4, f"sampling steps a round; images/s are for {NFE}", type=run.count)
-    q.add_argument("--rows", metavar="FILE", help="append the rows to this .jsonl file")
-    q.device_flags()
-    q = commands.add_parser("losses", help="losses over time, with z and without")
-    q.set_defaults(command=losses)
-    q.flag("ckpt", ["out/ckpt.pt"], "checkpoints of train.py", nargs="+", type=str, metavar="FILE")
-    q.add_argument("--data", metavar="DIR", help="other images, prepared with the same PCA "
-                                                 "(default: the training data)")
-    q.flag("n_images", 512, "images", type=run.count)
-    q.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
-    return p
+    {"methods": methods, "speed": speed, "losses": losses}[args.command](args)
 
 
 if __name__ == "__main__":
-    run.run_cli(main, parser().parse_args())
+    run.run_cli(main, args)

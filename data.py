@@ -3,6 +3,7 @@
     python data.py                                   # the embedded digits, in prepared/digits
     python data.py --images imagenet/train           # a folder of images, in prepared/imagenet256
     torchrun --nproc_per_node=8 data.py --images imagenet/train
+    python data.py --images hfds/cifar10 --size 32 --vae none        # x are pixels
 
 A prepared folder holds shards/00000.npy and on, each of the images of SHARD files, one record an
 image: x (C or 2C, H, W) float16, the VAE's latent, unscaled, or its mean and standard deviation;
@@ -10,19 +11,24 @@ z (r_keep, h, w) float16, the encoder's features reduced by PCA; y int64, the cl
 --keep_features f (d, h, w) float16, the features, for train.py --repa. Beside them: meta.json,
 written last, the PCA, files.txt with the image of each row, and a picture, sheet.png.
 """
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
+import io
 import itertools
 import json
 import os
 import shutil
+import tarfile
 import warnings
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -31,10 +37,13 @@ import pretrained
 import run
 from run import UserError
 
-PREPARED = {"digits": "prepared/digits"}      # made at first use, by the name that --data takes
-IMAGENET = "prepared/imagenet256"             # what every model but size T trains on
+DIGITS, IMAGENET = "prepared/digits", "prepared/imagenet256"           # where they are by default
 FORMAT = 3                                    # of a prepared folder; another number is refused
 SHARD = 1024                                  # files a shard: what a kill costs at most
+UPRIGHT = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
+                          Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+                          Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+                          Image.Transpose.ROTATE_90), 2))                 # by EXIF's orientation
 
 
 def to_uint8(x):
@@ -68,10 +77,66 @@ def classes_in_turn(n, n_classes):
     return torch.arange(n) % (n_classes or 1)
 
 
+def open_images(source):
+    """The images of a folder, a .tar or a Hugging Face data set, hfds/NAME: their names (n,) as
+    bytes; y (n,); the classes' names; and read(name), which gives what Image.open takes. UserError
+    if there is nothing to read."""
+    if source.startswith("hfds/") and not os.path.isdir(source):
+        return open_hub_dataset(source)
+    if not os.path.isfile(source):
+        return *list_images(source), lambda name: os.path.join(os.fsencode(source), name)
+    with run.blamed_on(f"--images {source} is no folder and no .tar", "unpack or decompress it"), \
+            tarfile.open(source, "r:") as archive:
+        files = dict(tar_files(archive))
+    top = os.path.commonpath([os.path.dirname(name) for name in files] or [""]) or "."
+    files = {os.path.relpath(name, top): place for name, place in files.items()}
+
+    def read(name):
+        start, size = files[os.fsdecode(name)]
+        with open(source, "rb") as file:                   # of its own, as for every thread
+            file.seek(start)
+            return io.BytesIO(file.read(size))
+
+    return *sort_by_class(files, source), read
+
+
+def open_hub_dataset(source):
+    """open_images() of hfds/NAME: the first columns of images and of classes of its split train."""
+    if not importlib.util.find_spec("datasets"):
+        raise UserError(f"--images {source} needs a package: pip install datasets")
+    import datasets
+    with run.blamed_on(f"--images {source}", "hfds/NAME is a data set of the Hugging Face hub, or "
+                       "a folder in its format, with images in a split train"):
+        rows = datasets.load_dataset(source.removeprefix("hfds/"), split="train")
+        columns = {type(kind): column for column, kind in reversed(rows.features.items())}
+        image, label = columns[datasets.Image], columns.get(datasets.ClassLabel)
+        classes = rows.features[label].names if label else []
+        y = np.array(rows[label]) if label else np.zeros(len(rows), int)
+        rows = rows.cast_column(image, datasets.Image(decode=False))
+
+    def read(name):
+        stored = rows[int(name)][image]
+        return io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]
+
+    return np.array([b"%08d" % i for i in range(len(rows))]), y, classes, read
+
+
+def tar_files(archive, folder="", start=0):
+    """name, (offset, size) of each file but hidden ones in an open .tar that starts at byte
+    `start`. A .tar within, as in ImageNet's, is a folder."""
+    for member in filter(tarfile.TarInfo.isfile, archive):
+        name = os.path.normpath(os.path.join(folder, member.name))
+        place = start + member.offset_data
+        if name.endswith(".tar"):
+            inner = tarfile.open(fileobj=archive.extractfile(member), mode="r:")
+            yield from tar_files(inner, name[:-4], place)
+        elif f"{os.sep}." not in os.sep + name:
+            yield name, (place, member.size)
+
+
 def list_images(folder):
-    """Every file below folder but hidden ones: paths (n,) as bytes, relative to it and sorted; y
-    (n,); the classes' names, which are the subfolders that hold files. Without such subfolders: no
-    names, and y is 0. UserError if there is nothing to read."""
+    """Every file below folder but hidden ones, as sort_by_class() gives them. UserError if there is
+    nothing to read."""
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is no folder; give one that holds images, or a subfolder of "
                         "images for each class")
@@ -81,17 +146,23 @@ def list_images(folder):
                   if not name.startswith(".")]
         folders[:] = [name for name in folders if not name.startswith(".")
                       and not is_inside(top, os.path.join(top, name))]       # a link in a circle
+    return sort_by_class(paths, folder)
+
+
+def sort_by_class(paths, source):
+    """Paths relative to source, in order, (n,) as bytes; y (n,); the classes' names, which are the
+    folders that hold files. Without such folders: no names, and y is 0."""
     classes = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
     if classes:
         known = Image.registered_extensions()
         beside = [path for path in paths if os.sep not in path]
         images = [path for path in beside if os.path.splitext(path)[1].lower() in known]
         if images:
-            raise UserError(f"{folder} holds class folders and {len(images)} images beside them "
+            raise UserError(f"{source} holds class folders and {len(images)} images beside them "
                             f"({images[0]}); move them into a folder, or elsewhere")
         paths = set(paths) - set(beside)
     if not paths:
-        raise UserError(f"{folder} holds no files")
+        raise UserError(f"{source} holds no files")
     paths = sorted(paths, key=lambda path: path.split(os.sep))
     y = [classes.index(path.split(os.sep)[0]) if classes else 0 for path in paths]
     return np.array([os.fsencode(path) for path in paths]), np.array(y), classes
@@ -102,14 +173,27 @@ def is_inside(path, folder):
     return os.path.commonpath([path, folder]) == folder
 
 
-def load_image(path, size):
-    """uint8 (size, size, 3) RGB, upright by its EXIF, cropped as ADM does. Raises what Pillow
-    raises if the file is no whole image."""
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):              # convert() would clip 16 bits, not scale
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = image.convert("RGB")
+def load_image(file, size=None, grey=False):
+    """uint8 (size, size, 3) RGB, upright by its EXIF, cropped as ADM does; size None: uncropped;
+    grey: three times its luma. Raises what Pillow raises if the file is no whole image, and
+    ValueError if nothing says which of its values is white."""
+    if isinstance(file, (str, bytes, os.PathLike)):        # by path Pillow turns some TIFFs wrongly
+        file = open(file, "rb")
+    with file, Image.open(file) as image:
+        image.load()
+        turn, bits = None, getattr(image, "tag_v2", {}).get(258, (16,))[0]   # 12 in some TIFFs
+        with contextlib.suppress(Exception):               # pixels are whole where EXIF is not
+            turn = UPRIGHT.get(image.getexif().get(0x0112))
+        # convert() would clip these, not scale; early Pillows have 16-bit PNGs in mode I
+        if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
+            image = Image.fromarray((np.asarray(image) >> bits - 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError(f"a {image.format} of mode {image.mode} does not say which value is "
+                             "white; save it with 8 or 16 bits")
+        image = image.convert("L" if grey else "RGB").convert("RGB")
+    image = image if turn is None else image.transpose(turn)
+    if size is None:
+        return np.asarray(image)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -121,13 +205,13 @@ def load_image(path, size):
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def read_batch(folder, size, batch_size, paths):
-    """Images uint8 (batch_size, size, size, 3) of at most so many paths (bytes) in folder; the
-    places of those that could be read, the others are black; why each could not, "" if it could."""
-    images, reasons = np.zeros((batch_size, size, size, 3), np.uint8), [""] * len(paths)
-    for i, path in enumerate(paths):
+def read_batch(load, size, batch_size, names):
+    """Images uint8 (batch_size, size, size, 3) of at most so many names; the places of those that
+    load(name) could read, the others are black; why each could not, "" if it could."""
+    images, reasons = np.zeros((batch_size, size, size, 3), np.uint8), [""] * len(names)
+    for i, name in enumerate(names):
         try:
-            images[i] = load_image(os.path.join(os.fsencode(folder), path), size)
+            images[i] = load(name)
         except Exception as error:                         # Pillow raises anything
             if run.is_the_machines(error):
                 raise
@@ -135,13 +219,30 @@ def read_batch(folder, size, batch_size, paths):
     return images, [i for i, reason in enumerate(reasons) if not reason], reasons
 
 
+class Pixels:
+    """Takes a VAE's place where x are the images themselves, in [-1, 1]; grey: one channel."""
+    name, weights, factor, has_std, scale, shift = None, "", 1, False, 1.0, 0.0
+
+    def __init__(self, grey=False):
+        self.kind, self.channels = "grey pixels" if grey else "pixels", 1 if grey else 3
+
+    def encode(self, images):
+        """Images (B, 3, H, W) -> x (B, 1 or 3, H, W)."""
+        return images[:, :self.channels]
+
+
 class Preparation:
     """What the flags of data.py ask for, and how a prepared folder is made of it."""
     def __init__(self, args, device):
+        none = args.vae == "none"
+        if none and args.vae_scale or args.grey and not none:
+            raise UserError("--grey is for --vae none, and --vae_scale for another --vae")
         self.args, self.device = args, device
-        self.paths, self.y, self.classes = list_images(args.images)
-        self.encoders = open_encoders(args, device)
-        vae = self.vae = pretrained.VAE(args.vae, device, args.vae_scale)
+        self.names, self.y, self.classes, read = open_images(args.images)
+        self.load = lambda name: load_image(read(name), args.size, args.grey)
+        self.encoders, self.encoder_files = open_encoders(args, device)
+        vae = self.vae = (Pixels(args.grey) if none else
+                          pretrained.VAE(args.vae, device, args.vae_scale))
         if args.size % (2 * vae.factor):
             raise UserError(f"--size {args.size} must be a multiple of {2 * vae.factor}: the VAE's "
                             f"{vae.factor} pixels a latent, and patches of 2")
@@ -149,20 +250,19 @@ class Preparation:
                      for path, encoder in zip(args.pca or [], self.encoders)]
         # what decides the bytes: a folder that was begun with others is refused
         self.settings = {name: getattr(args, name) for name in (
-            "size", "r_keep", "seed", "batch_size", "bf16", "keep_features", "pca_images",
-            "pca_scale")} | {
-            "images": f"{len(self.paths)} files {short_hash(self.paths, self.y)}",
+            "size", "r_keep", "batch_size", "bf16", "keep_features", "pca_images", "pca_scale")} | {
+            "images": f"{len(self.names)} files {short_hash(self.names, self.y)}",
             "vae": f"{vae.kind} {vae.weights[:16]}", "vae_scale": vae.scale,
             "encoder": [encoder.config for encoder in self.encoders],
             "pca": [short_hash(each.components, each.mean, each.std) for each in self.pcas]}
 
     def make(self, parts, groups, desc):
         """For each absent part that this process is to make: its number, and an iterator over the
-        batches (read_batch) of its group of paths, read ahead by threads, to be used up first."""
+        batches (read_batch) of its group of names, read ahead by threads, to be used up first."""
         size, mine = self.args.batch_size, parts.mine()
         batches = [groups[k][i:i + size] for k in mine for i in range(0, len(groups[k]), size)]
         stream = run.prefetch(
-            functools.partial(read_batch, self.args.images, self.args.size, size),
+            functools.partial(read_batch, self.load, self.args.size, size),
             tqdm(batches, desc, unit="batch", disable=run.rank_and_count()[0] > 0),
             self.args.workers)
         for k in mine:
@@ -179,14 +279,15 @@ class Preparation:
     def fit_pca(self, i, out):
         """Save the PCA of encoder i's features of random images. The moments of SHARD images are a
         part; their sum depends neither on kills nor on the number of processes."""
-        encoder, paths = self.encoders[i], self.paths
-        order = torch.randperm(len(paths), generator=run.generator(self.args.seed, "pca images"))
-        paths = paths[order[:self.args.pca_images].numpy()]
-        groups = [paths[start:start + SHARD] for start in range(0, len(paths), SHARD)]
-        parts = run.Parts(f"{out}/moments_{i}", len(groups), "npz")
+        encoder, names = self.encoders[i], self.names
+        order = torch.randperm(len(names), generator=run.generator(0, "pca images"))
+        names = names[order[:self.args.pca_images].numpy()]
+        groups = [names[start:start + SHARD] for start in range(0, len(names), SHARD)]
+        parts, why = run.Parts(f"{out}/moments_{i}", len(groups), "npz"), ""
         for k, batches in self.make(parts, groups, "PCA"):
             moments = pca.Moments(encoder.d)
-            for images, good, _ in batches:
+            for images, good, reasons in batches:
+                why = max([why, *reasons])
                 f = self.encode(encoder.features, images, good)
                 moments.update(f.permute(0, 2, 3, 1).flatten(0, 2).cpu().numpy())
             run.write_whole(parts.paths[k], lambda file: np.savez(file, **vars(moments)))
@@ -195,72 +296,67 @@ class Preparation:
             for path in parts.paths:                       # in the same order every time
                 with np.load(path) as moments:
                     total.merge(moments["n"], moments["sum"], moments["outer"])
-            with run.blamed_on(f"--images {self.args.images}", "too few of its files are images"):
-                fitted = pca.fit(total, self.args.r_keep, self.args.pca_scale or 1.0, encoder.name,
+            args = self.args
+            with run.blamed_on(f"--images {args.images}", f"too few of its files are images {why}"):
+                fitted = pca.fit(total, args.r_keep, args.pca_scale or 1.0, encoder.name,
                                  encoder.config["weights"])
             fitted.save(f"{out}/{pca_name(i)}")
 
     def make_shards(self, out):
-        """Make the shards that are absent. UserError if too many files cannot be read."""
-        groups = [self.paths[i:i + SHARD] for i in range(0, len(self.paths), SHARD)]
-        parts, skipped = run.Parts(f"{out}/shards", len(groups)), {}
+        """Make the shards that are absent."""
+        groups = [self.names[i:i + SHARD] for i in range(0, len(self.names), SHARD)]
+        parts = run.Parts(f"{out}/shards", len(groups))
         pcas = [pca.load(f"{out}/{pca_name(i)}").to(self.device) for i in range(len(self.encoders))]
         for k, batches in self.make(parts, groups, "x and z"):
             columns, reasons = {name: [] for name in "xzf"[:2 + self.args.keep_features]}, []
             for images, good, of_batch in batches:
                 features = [self.encode(each.features, images, good) for each in self.encoders]
-                zs = [each.project(f.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-                      for each, f in zip(pcas, features)]
-                z = torch.cat([resize_z(z, zs[0].shape[2]) for z in zs], 1)
-                x = self.encode(self.vae.encode, images, good)
+                x, z = self.encode(self.vae.encode, images, good), project(pcas, features)
                 for arrays, part in zip(columns.values(), (x, z, features[0])):
                     arrays.append(part.half().cpu().numpy())
                 reasons += of_batch
             columns = {name: np.concatenate(arrays) for name, arrays in columns.items()}
             columns["y"] = self.y[k * SHARD:][:len(reasons)][[not reason for reason in reasons]]
-            of_shard = {os.fsdecode(path): reason for path, reason in zip(groups[k], reasons)
-                        if reason}
-            skipped |= of_shard
-            self.check_skipped(skipped)
-            write_shard(parts.paths[k], columns, self.vae, of_shard)
+            skipped = {os.fsdecode(name): reason for name, reason in zip(groups[k], reasons)
+                       if reason}
+            write_shard(parts.paths[k], columns, self.vae, skipped)
         return parts.paths
 
-    def check_skipped(self, skipped):
-        n = len(self.paths)
-        if len(skipped) > self.args.max_bad * n or len(skipped) == n:
+    def finish(self, out, shards):
+        """Write files.txt, skipped.txt, the picture and, last, meta.json. UserError if too many
+        files could not be read."""
+        args, vae, n = self.args, self.vae, len(self.names)
+        shards = [read_json(path.replace(".npy", ".json")) for path in shards]
+        skipped = {name: reason for shard in shards for name, reason in shard["skipped"].items()}
+        if len(skipped) > args.max_bad * n or len(skipped) == n:
             some = "; ".join(map(": ".join, [*skipped.items()][:5])) + " ..." * (len(skipped) > 5)
             raise UserError(f"{len(skipped)} of {n} files cannot be read, more than --max_bad "
-                            f"{self.args.max_bad:g} of them: {some}; raise --max_bad, or mend them "
-                            f"and remove {self.args.out}")
-
-    def finish(self, out, shards):
-        """Write files.txt, skipped.txt, the picture and, last, meta.json."""
-        args, vae = self.args, self.vae
-        shards = [read_json(path.replace(".npy", ".json")) for path in shards]
-        skipped = {path: reason for shard in shards for path, reason in shard["skipped"].items()}
-        self.check_skipped(skipped)
+                            f"{args.max_bad:g} of them: {some}; raise --max_bad, or mend them and "
+                            f"remove {out}")
         for i in range(len(self.encoders)):                # not before all have seen the PCA
             shutil.rmtree(f"{out}/moments_{i}", ignore_errors=True)
-        names = [name for name in map(os.fsdecode, self.paths) if name not in skipped]
-        write_lines(f"{out}/files.txt", names)
-        write_lines(f"{out}/skipped.txt", map(": ".join, skipped.items()))
+        names = [name for name in map(os.fsdecode, self.names) if name not in skipped]
+        for name, lines in ("files", names), ("skipped", map(": ".join, skipped.items())):
+            text = os.fsencode("".join(f"{line}\n" for line in lines))
+            run.write_whole(f"{out}/{name}.txt", lambda file: file.write(text))
         meta = describe(out, shards, [encoder.config for encoder in self.encoders], {
-            "name": os.path.basename(os.path.normpath(args.images)), "classes": self.classes,
-            "vae": os.path.abspath(args.vae) if os.path.isdir(args.vae) else args.vae,
+            "name": f"images of {os.path.basename(os.path.normpath(args.images))}",
+            "vae": os.path.abspath(args.vae) if os.path.isdir(args.vae) else vae.name,
             "vae_weights": vae.weights, "scale": vae.scale, "shift": vae.shift,
-            "has_std": vae.has_std, "image_size": args.size, "settings": self.settings})
+            "has_std": vae.has_std, "image_size": args.size, "classes": self.classes,
+            "encoder_files": self.encoder_files, "settings": self.settings})
         dataset = LatentDataset(out, meta=meta)
         rows = dataset.examples(10)
         stored = dataset.read(rows)
-        kinds = {"image": [load_image(os.path.join(args.images, names[row]), args.size)
-                           for row in rows],
+        kinds = {"image": [self.load(os.fsencode(names[row])) for row in rows],
                  "decoded": decode(dataset.unpack(stored)[0], meta, self.device, 1)}
         for i in range(0, max(1, meta["r_keep"] - 2), 3):
             kinds[f"z {i + 1}-{i + 3}"] = pca.colours(stored[1][:, i:], meta["z_std"][i:])
         run.write_picture(f"{out}/sheet.png", pca.image_grid(
             list(kinds.values()), len(rows), 128, names=list(kinds)))
         run.write_json(f"{out}/meta.json", meta)
-        print(f"{out}: {meta['n']:,} images of {len(self.classes) or 'no'} classes, "
+        print(f"{out}: {meta['n']:,} images of {len(self.classes) or 'no'} classes "
+              f"({run.one_line(', '.join(self.classes) or 'all alike')}), "
               f"{dataset.open_shard(0).itemsize / 1e3:.1f} kB each; {len(skipped)} files left out, "
               "see skipped.txt there; sheet.png shows images, decoded latents and features")
 
@@ -292,7 +388,8 @@ def prepare(args):
 
 
 def open_encoders(args, device):
-    """The Encoders of the flags, ready to use; one layer, weights or kwargs may serve them all."""
+    """The Encoders of the flags, ready to use, and the files of their weights (None: timm's own);
+    one layer, weights or kwargs may serve them all."""
     n, columns = len(args.encoder), [args.encoder]
     for flag in ("encoder_layer", "encoder_weights", "encoder_kwargs", "pca"):
         values = getattr(args, flag) or [()]
@@ -305,7 +402,7 @@ def open_encoders(args, device):
     for encoder in encoders:
         if args.r_keep > encoder.d:
             raise UserError(f"--r_keep {args.r_keep}: {encoder.name} has {encoder.d} channels")
-    return encoders
+    return encoders, [file and os.path.abspath(file) for _, _, file, _, _ in zip(*columns)]
 
 
 def pca_name(i):
@@ -321,14 +418,18 @@ def read_pca(path, encoder, args):
     if found != wanted:
         raise UserError(f"--pca {path} is the PCA of {found}; --encoder is {wanted}")
     with run.blamed_on(f"--pca {path}", "lower --r_keep"):
-        return fitted.first(args.r_keep).with_scale(args.pca_scale or fitted.scale)
+        return fitted.first(args.r_keep, args.pca_scale)
+
+
+def project(pcas, features):
+    """Each encoder's features (B, d, h, w) -> z (B, channels of all, h, w), on the first's grid."""
+    zs = [each.project(f.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+          for each, f in zip(pcas, features)]
+    return torch.cat([resize_z(z, zs[0].shape[2]) for z in zs], 1)
 
 
 def short_hash(*arrays):
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(b"".join(map(np.ndarray.tobytes, arrays))).hexdigest()[:16]
 
 
 def read_json(path):
@@ -336,11 +437,6 @@ def read_json(path):
     with run.blamed_on(f"{path} is damaged", "remove the folder, and prepare it again"), \
             open(path) as file:
         return json.load(file)
-
-
-def write_lines(path, lines):
-    text = "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
-    run.write_whole(path, lambda file: file.write(text))
 
 
 def is_complete(out, settings):
@@ -359,19 +455,19 @@ def is_complete(out, settings):
     return "n" in meta
 
 
-def write_shard(path, columns, vae=None, skipped=()):
+def write_shard(path, columns, vae=Pixels, skipped=()):
     """The .npy of records of these columns {name: (n, ...)} and, before it, the .json beside it:
-    what meta.json needs to know of them. vae None: x are pixels. UserError for NaN, infinity, and a
-    scale of the latents that would ruin training: noise has RMS 1."""
+    what meta.json needs to know of them. UserError for NaN, infinity, and a scale of the latents
+    that would ruin training: noise has RMS 1."""
     records = np.empty(len(columns["y"]), [(name, array.dtype, array.shape[1:])
                                            for name, array in columns.items()])
     for name, array in columns.items():
         records[name] = array
         if not np.isfinite(array).all():
             raise UserError(f"{name} holds NaN or infinity; --no-bf16 may help")
-    x_square = mean_square(columns["x"], *(vae.has_std, vae.scale, vae.shift) if vae else ())
+    x_square = mean_square(columns["x"], vae.has_std, vae.scale, vae.shift)
     rms = np.sqrt(x_square.mean())
-    if vae and len(records) and not 0.5 <= rms <= 2:
+    if vae.name and len(records) and not 0.5 <= rms <= 2:
         better = "" if vae.shift else f"; --vae_scale {np.mean(vae.scale) / rms:.4g} makes it 1"
         raise UserError(f"the scaled latents of --vae {vae.name} have RMS {rms:.3g}, and should "
                         f"have about 1: its scale {vae.scale} is wrong{better}, in another --out")
@@ -493,6 +589,32 @@ class LatentDataset:
                 None if f is None else f.float())
 
 
+def encode_images(paths, dataset, device="cpu"):
+    """Images uint8 (n, H, W, 3) of new files, and z (n, r, H, W) of them on x's grid, as unpack()
+    makes it of stored ones, by the encoders and PCAs that made the dataset's. UserError if one of
+    them cannot be had."""
+    meta, folder, images, features, pcas = dataset.meta, dataset.folder, [], [], []
+    size, configs = meta["image_size"], meta["encoders"]
+    for path in paths:
+        with run.blamed_on(f"{path} is no image", "give whole images"):
+            images.append(load_image(path, size, grey=meta["x_channels"] == 1))
+    images = np.stack(images)
+    x = from_uint8(torch.from_numpy(images).permute(0, 3, 1, 2).to(device))
+    for config, file in zip(configs, meta.get("encoder_files", [None] * len(configs))):
+        if config["name"] == DigitEncoder.name:
+            encoder = DigitEncoder.load(f"{folder}/{file}").to(device)
+        else:
+            encoder = pretrained.Encoder(config["name"], size, config["layer"], file,
+                                         config["settings"], device)
+        if encoder.config["weights"] != config["weights"]:
+            raise UserError(f"the weights of {config['name']} are not those that made {folder}; "
+                            "put those in their place")
+        features.append(encoder.features(x))
+        fitted = pca.load(f"{folder}/{config['pca']}")
+        pcas.append(fitted.first(dataset.r // len(configs)).to(device))
+    return images, resize_z(project(pcas, features), meta["x_size"]).cpu()
+
+
 def resize_z(z, size):
     """z (B, r, h, w) -> (B, r, size, size), before it is noised."""
     return F.interpolate(z, size=(size, size), mode="bilinear", align_corners=False)
@@ -527,17 +649,35 @@ def digits():
 
 class DigitEncoder(nn.Module):
     """Takes DINOv2's place for digits: (B, 1, 8, 8) -> features (B, 64, 4, 4) -> logits (B, 10)."""
+    name = "the digits' convnet"
+
     def __init__(self, width=64, n_classes=10):
         super().__init__()
-        self.features = nn.Sequential(
+        self.convs = nn.Sequential(
             nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
             nn.Conv2d(width, width, 3, padding=1, stride=2), nn.BatchNorm2d(width), nn.ReLU(),
             nn.Conv2d(width, width, 3, padding=1))
         self.head = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                                   nn.Linear(width, n_classes))
 
+    @classmethod
+    def load(cls, path):
+        encoder = cls()
+        with run.blamed_on(f"{path} is not the digits' encoder", "prepare them again"):
+            encoder.load_state_dict(safetensors.torch.load_file(path))
+        return encoder.eval()
+
+    @property
+    def config(self):
+        return {"name": self.name, "weights": pretrained.weights_hash(self)}
+
+    @torch.no_grad()
+    def features(self, x):
+        """Of grey images, with one channel or three alike."""
+        return self.convs(x[:, :1])
+
     def forward(self, x):
-        return self.head(self.features(x))
+        return self.head(self.convs(x))
 
 
 def train_digit_encoder(x, y, epochs=20, batch_size=64, seed=0):
@@ -555,51 +695,53 @@ def train_digit_encoder(x, y, epochs=20, batch_size=64, seed=0):
     return encoder.eval()
 
 
-def prepare_digits(out=PREPARED["digits"], r_keep=16):
-    """Write the training digits as a prepared folder, unless it is there. Takes ten seconds."""
-    if os.path.exists(f"{out}/meta.json"):
+def prepare_digits(out=DIGITS, scale=None):
+    """Write the training digits as a prepared folder, unless it is there. Takes ten seconds.
+    scale: z's, as in pca.fit(); None: that by which its first 4 channels have RMS 1, like x."""
+    settings = {"images": "scikit-learn's digits", "pca_scale": scale}
+    if os.path.exists(f"{out}/meta.json") and is_complete(out, settings):
         return
     with run.locked(out, seconds=120):
-        if os.path.exists(f"{out}/meta.json"):             # another command was first
+        if is_complete(out, settings):                     # another command was first
             return
         print(f"preparing {out}: training the digits' encoder, once", flush=True)
+        run.write_json(f"{out}/meta.json", {"format": FORMAT, "settings": settings})
         x, y, held_out = digits()
         x, y = x[~held_out], y[~held_out]
         encoder = train_digit_encoder(x, y)
-        with torch.no_grad():
-            features = encoder.features(x).permute(0, 2, 3, 1).double().numpy()  # (n, 4, 4, d)
-        d = features.shape[-1]
-        config = {"name": "the digits' convnet", "weights": pretrained.weights_hash(encoder)}
-        fitted = pca.fit(pca.Moments(d).update(features.reshape(-1, d)), r_keep,
-                         encoder=config["name"], weights=config["weights"])
+        weights = safetensors.torch.save(encoder.state_dict())
+        run.write_whole(f"{out}/encoder.safetensors", lambda file: file.write(weights))
+        f, config = encoder.features(x), encoder.config
+        moments = pca.Moments(f.shape[1]).update(f.permute(0, 2, 3, 1).flatten(0, 2).numpy())
+        fitted = pca.fit(moments, 16, 1.0, *config.values())
+        fitted = fitted.first(16, scale or round(float(fitted.variance[:4].mean() ** -0.5), 4))
         fitted.save(f"{out}/pca.npz")
         os.makedirs(f"{out}/shards", exist_ok=True)
         write_shard(f"{out}/shards/00000.npy", {
-            "x": x.numpy().astype(np.float16), "y": y.numpy(),
-            "z": fitted.project(features).transpose(0, 3, 1, 2).astype(np.float16),
-            "f": features.transpose(0, 3, 1, 2).astype(np.float16)})
+            "x": x.half().numpy(), "y": y.numpy(), "f": f.half().numpy(),
+            "z": project([fitted.to("cpu")], [f]).half().numpy()})
         run.write_json(f"{out}/meta.json", describe(
             out, [read_json(f"{out}/shards/00000.json")], [config], {
-                "name": "digits", "classes": list("0123456789"), "vae": None, "vae_weights": None,
-                "scale": 1.0, "shift": 0.0, "has_std": False, "image_size": 8, "settings": {}}))
+                "name": "digits", "vae": None, "vae_weights": "", "scale": 1.0, "shift": 0.0,
+                "has_std": False, "image_size": 8, "classes": list("0123456789"),
+                "encoder_files": ["encoder.safetensors"], "settings": settings}))
 
 
 def open_data(name, r, features=False):
-    """The LatentDataset behind --data: "digits", made if it is missing, or a folder's name."""
+    """The LatentDataset behind --data: a prepared folder, or "digits", made if they are missing."""
     if name == "digits":
         prepare_digits()
-    return LatentDataset(PREPARED.get(name, name), r, features)
+    return LatentDataset(DIGITS if name == "digits" else name, r, features)
 
 
 def main(args):
+    out = args.out = args.out or (IMAGENET if args.images else DIGITS)
     if args.images:
         with warnings.catch_warnings():                    # Pillow's, of files it can read
             warnings.simplefilter("ignore")
             return prepare(args)
-    meta = open_data("digits", 0).meta
-    print(f"{PREPARED['digits']}: {meta['n']:,} images of {len(meta['classes'])} classes, "
-          f"x {meta['x_channels']} x {meta['x_size']}^2, z {meta['r_keep']} x {meta['z_size']}^2 "
-          f"from {meta['encoders'][0]['name']}")
+    prepare_digits(out, args.pca_scale)
+    print(f"{out}: {read_meta(out)['n']:,} images of 10 classes")
 
 
 def layer(text):
@@ -609,13 +751,17 @@ def layer(text):
 
 def parser():
     p = run.Parser(description=__doc__)
-    p.add_argument("--images", metavar="DIR", help="images in class subfolders, or flat (no "
-                                                   "classes); whatever Pillow reads")
-    p.flag("out", IMAGENET, "the prepared folder", metavar="DIR")
+    p.add_argument("--images", metavar="SOURCE",
+                   help="a folder, with a subfolder for each class or flat (no classes), a .tar of "
+                        "one, or hfds/NAME, a data set of the Hugging Face hub; whatever Pillow "
+                        "reads (default: scikit-learn's digits)")
+    p.add_argument("--out", metavar="DIR", help="the prepared folder (default: "
+                   f"{IMAGENET}, without --images {DIGITS})")
     p.flag("size", 256, "pixels a side after ADM's centre crop; a multiple of twice the VAE's "
                         "factor, so 16 for SD-VAE", type=run.count)
     p.flag("vae", pretrained.SD_VAE, "diffusers AutoencoderKL or AutoencoderTiny, hub name or "
-                                     "local folder")
+                                     "local folder; none: x are pixels, for small images")
+    p.switch("grey", False, "with --vae none: one channel, the luma")
     p.add_argument("--vae_scale", type=run.positive,
                    help="number that makes the latents' RMS 1 (default: the VAE's own, 0.18215 for "
                         "the one above)")
@@ -634,7 +780,8 @@ def parser():
                    help="fitted PCA, one for each encoder (default: it is fitted first)")
     p.flag("pca_images", 76_800, "random images that the PCA is fitted on at most", type=run.count)
     p.add_argument("--pca_scale", type=run.positive, help="number that z is multiplied with "
-                   "(default: 1, the paper's; with --pca, that file's)")
+                   "(default: 1, the paper's; with --pca, that file's; for digits, "
+                   "the one of RMS 1)")
     p.flag("r_keep", 16, "components kept of each encoder; train.py --z_channels takes the first "
                          "of them", type=run.count)
     p.switch("keep_features", False, "store the first encoder's features too, for train.py --repa: "
@@ -644,7 +791,6 @@ def parser():
     p.flag("batch_size", 32 if torch.cuda.is_available() else 4,
            "images that a network sees at once: 32 on CUDA devices, 4 is the fastest on a CPU",
            type=run.count)
-    p.flag("seed", 0, "of the choice of the PCA's images", type=run.natural)
     p.flag("workers", max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
            "threads that read images: the CPU cores, shared among torchrun's processes",
            type=run.count)

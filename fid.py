@@ -4,9 +4,10 @@
     python fid.py samples/samples.npz photos --features dinov2           # Fréchet distance there
     python fid.py samples/samples.npz digits                             # held-out digits' judges
 
-Samples first, reference second: images as .npz (arr_0), .npy or a folder, or an .npz of moments.
-`fid` is what the published Inception says of at least 50,000 samples; every other distance has its
-space and both counts in its name, since few images bias it upwards: compare equal counts only.
+Samples first, reference second: images as .npz (arr_0), .npy or a folder, or an .npz of moments. A
+reference folder is cropped to the samples' size, as data.py does it. `fid` is what the published
+Inception says of at least 50,000 samples; every other distance has its space and both counts in
+its name, since few images bias it upwards: compare equal counts only.
 """
 import argparse
 import functools
@@ -19,6 +20,40 @@ import os
 import time
 import zipfile
 
+import run
+from run import UserError, blamed_on
+
+
+def new_file(text):
+    """A type for argparse."""
+    if os.path.exists(text) or not os.path.isdir(os.path.dirname(text) or "."):
+        raise argparse.ArgumentTypeError(f"{text} is there already, or its folder is not")
+    return text
+
+
+def parser():
+    p = run.Parser(description=__doc__)
+    p.add_argument("samples", help="generated images: .npz, .npy or folder")
+    p.add_argument("reference", help="real images, or an .npz of moments; or the word digits: the "
+                                     "held-out ones (a folder so named is ./digits)")
+    p.flag("features", "inception", "space of the distance: inception, which has all five metrics, "
+           "dinov2 (ViT-L), pixels, or any timm model")
+    p.add_argument("--weights", type=run.existing_file, metavar="FILE",
+                   help="the space's weights (default: downloaded)")
+    p.add_argument("--features_kwargs", nargs="*", type=run.key_value, default=[],
+                   metavar="KEY=VALUE", help="arguments of timm.create_model, or mean, std and "
+                   "input_size in place of the model's own")
+    p.add_argument("--save_stats", type=new_file, metavar="FILE",
+                   help="keep what was measured of the reference, an .npz that is a reference, too")
+    p.flag("batch_size", 32, "images a batch", type=run.count)
+    p.flag("workers", min(8, os.cpu_count()), "threads that read files", type=run.count)
+    p.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    return p
+
+
+if __name__ == "__main__":     # before torch, which takes seconds: --help and typos are quicker
+    args = parser().parse_args()
+
 import numpy as np
 import scipy.linalg
 import scipy.special
@@ -30,8 +65,6 @@ from tqdm import tqdm
 import data
 import pca
 import pretrained
-import run
-from run import UserError, blamed_on
 
 # the weights of 2015 in PyTorch's format, by pytorch-fid; their sha256 begins as the name ends
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -218,28 +251,23 @@ class Space:
         return self.net((x - self.mean) / self.std),
 
 
-def read_image(path, size=None):
-    """uint8 (H, W, 3). UserError if it is no whole RGB image, or not of that size."""
-    with blamed_on(f"{path} is no image", "give whole RGB images"), Image.open(path) as image:
-        mode, pixels = image.mode, np.asarray(image)
-    if mode != "RGB" or size not in (None, pixels.shape[:2]):
-        raise UserError(f"{path} is {mode} of {pixels.shape[:2]} pixels, and must be RGB, of the "
-                        f"size of the first, {size}")
-    return pixels
-
-
 class ImageSet:
     """The images at a path, to be read once, or the moments stored there. Images: the files in a
     folder and its subfolders, an .npy, or an .npz's arr_0; n of them, of `size` (H, W), which are
     None where only moments are. `names`: of an .npz's arrays. What a file is, its content decides,
-    not its name. UserError if it is none of these."""
-    def __init__(self, path):
-        self.path, self.names, self.files, self.n, self.size = path, [], [], None, None
+    not its name. UserError if it is none of these.
+
+    crop: pixels a side that the files of a folder are cropped to; `cropped` are those that had
+    another size. None: all must be of one size.
+    """
+    def __init__(self, path, crop=None):
+        self.path, self.crop, self.cropped = path, crop, set()
+        self.names, self.files, self.n, self.size = [], [], None, None
         with self.blamed():
             if os.path.isdir(path):
                 files, _, _ = data.list_images(path)
                 self.files = [os.path.join(path, os.fsdecode(file)) for file in files]
-                shape, dtype = (len(files), *read_image(self.files[0]).shape), np.uint8
+                shape, dtype = (len(files), *self.read(self.files[0]).shape), np.uint8
             else:
                 if zipfile.is_zipfile(path):
                     archive = zipfile.ZipFile(path)
@@ -256,6 +284,20 @@ class ImageSet:
                             f"{shape}")
         self.n, self.size = shape[0], shape[1:3]
 
+    def read(self, path):
+        """uint8 (H, W, 3), grey and the like turned to RGB. UserError if it is no whole image."""
+        with blamed_on(f"{path} is no image", "give whole images, and nothing beside them"):
+            if self.crop:
+                with Image.open(path) as image:            # reads its header alone
+                    if image.size != (self.crop, self.crop):
+                        self.cropped.add(path)
+            pixels = data.load_image(path, self.crop)
+        if self.size not in (None, pixels.shape[:2]):
+            raise UserError(f"{path} has {pixels.shape[:2]} pixels, and must have the first's "
+                            f"{self.size}; only a reference folder is cropped, to the size of "
+                            "square samples")
+        return pixels
+
     def blamed(self):
         return blamed_on(f"{self.path} cannot be read as images", "give an .npz as sample.py "
                          "writes it, an .npy, or a folder of images")
@@ -263,18 +305,16 @@ class ImageSet:
     def batches(self, batch_size, workers=1):
         """Arrays uint8 (B, H, W, 3), in order; of files, read ahead by that many threads, since
         Pillow decodes beside Python. UserError if an image cannot be read."""
-        def read_files(start):
-            return np.stack([read_image(path, self.size)
-                             for path in self.files[start:start + batch_size]])
-
-        starts = range(0, self.n, batch_size)
-        with self.blamed():
+        def read(start):
+            n = min(batch_size, self.n - start)
             if self.files:
-                yield from run.prefetch(read_files, starts, max(1, workers))
-                return
-            for start in starts:
-                shape = min(batch_size, self.n - start), *self.size, 3
-                yield np.frombuffer(self.file.read(math.prod(shape)), np.uint8).reshape(shape)
+                return np.stack([self.read(path) for path in self.files[start:start + n]])
+            pixels = self.file.read(n * math.prod(self.size) * 3)
+            return np.frombuffer(pixels, np.uint8).reshape(n, *self.size, 3)
+
+        with self.blamed():
+            yield from run.prefetch(read, range(0, self.n, batch_size),
+                                    workers if self.files else 1)
 
     def array(self, name):
         """An array of the .npz; of no dimensions: a number or a word."""
@@ -288,10 +328,10 @@ class ImageSet:
         names |= {"n", "inception_score", "pool", "space", "weights"} & set(self.names)
         with blamed_on(f"{self.path} cannot be read as moments", "make it anew with --save_stats"):
             stored = {"n": None} | {name: self.array(name) for name in names}
-        space_name, weights = stored.pop("space", "inception"), stored.pop("weights", space.weights)
-        if (space_name, weights) != (space.name, space.weights):
-            raise UserError(f"{self.path} holds moments of {space_name} {weights:.16}, not of "
-                            f"{space.name} {space.weights:.16}; give its images, or that space")
+        found = stored.pop("space", "inception"), stored.pop("weights", space.weights)
+        if found != (space.name, space.weights):
+            raise UserError("{} holds moments of {} {!s:.16}, not of {} {:.16}; give its images, "
+                            "or that space".format(self.path, *found, space.name, space.weights))
         return stored
 
     def statistics(self, space, batch_size=32, workers=1):
@@ -355,13 +395,6 @@ def grey_pixels(images):
 
 
 @functools.lru_cache(maxsize=1)
-def held_out_digits():
-    """The digits nobody trained on, as uint8 like samples: images (n, 8, 8, 3), classes (n,)."""
-    x, y, held_out = data.digits()
-    return data.to_images(x[held_out]), y[held_out].numpy()
-
-
-@functools.lru_cache(maxsize=1)
 def digit_judges():
     """Two scikit-learn classifiers trained on real training digits: an SVM that reads digits, and
     an MLP whose hidden layer is a feature space. Neither knows of the convnet that makes z."""
@@ -389,14 +422,15 @@ def digit_distances(images, reference):
 def judge_digits(images, y=None):
     """Metrics, by name, of generated digits uint8 (n, 8, 8, 3) against the held-out ones. y (n,):
     the classes that were asked for; None for an unconditional model."""
-    reference, reference_y = held_out_digits()
+    x, real_y, held_out = data.digits()
+    reference, real_y = data.to_images(x[held_out]), real_y[held_out].numpy()
     metrics = {f"{name}_{len(images)}_vs_{len(reference)}": distance
                for name, distance in digit_distances(images, reference).items()}
     if y is not None:
         reader, _ = digit_judges()
         for name, digits, labels in (
                 ("classifier_accuracy_percent", images, y),
-                ("classifier_accuracy_on_real_percent", reference, reference_y)):
+                ("classifier_accuracy_on_real_percent", reference, real_y)):
             metrics[name] = 100 * float((reader.predict(grey_pixels(digits)) == labels).mean())
     return metrics
 
@@ -409,31 +443,36 @@ def judge(args):
     images, y = ImageSet(args.samples), None
     if images.size != (8, 8):
         raise UserError(f"{args.samples} holds images of {images.size}, digits are of (8, 8)")
-    if args.labels and "y" in images.names:
-        with blamed_on(f"{args.samples}: its y cannot be read", "--no-labels leaves it aside"):
+    if "y" in images.names:
+        with blamed_on(f"{args.samples}: its y cannot be read", "it must hold a class an image"):
             y = images.array("y").reshape(images.n)
     return judge_digits(np.concatenate(list(images.batches(1000))), y)
 
 
 def judge_in_space(args):
     """Metrics in the space that args say, and what they are of."""
-    sets = {path: ImageSet(path) for path in (args.samples, args.reference)}
-    device = run.pick_device(args.device)
-    space = Space(args.features, args.weights, dict(args.features_kwargs), device)
+    samples = ImageSet(args.samples)
+    height, width = samples.size or (None, 0)
+    reference = ImageSet(args.reference, crop=width if width == height else None)
+    space = Space(args.features, args.weights, dict(args.features_kwargs),
+                  run.pick_device(args.device))
     # what is stored first: if it does not fit, nothing was measured for it
-    found = {path: sets[path].statistics(space, args.batch_size, args.workers)
-             for path in sorted(sets, key=lambda path: "mu" not in sets[path].names)}
-    samples, reference = found[args.samples], found[args.reference]
-    metrics = compare(samples, reference, space)
+    found = {each: each.statistics(space, args.batch_size, args.workers)
+             for each in sorted((samples, reference), key=lambda each: "mu" not in each.names)}
+    with blamed_on(f"{args.samples} and {args.reference} cannot be compared",
+                   "make their moments anew with --save_stats"):
+        metrics = compare(found[samples], found[reference], space)
     if args.save_stats:
-        kept = {name: value for name, value in reference.items() if value is not None}
+        kept = {name: value for name, value in found[reference].items() if value is not None}
         kept |= {"space": space.name, "weights": space.weights}
         run.write_whole(args.save_stats, lambda file: np.savez(file, **kept))
-    n = len(samples.get("pool", ()))                       # images with an inception_score
-    return metrics | {
-        "n_samples": samples["n"], "n_reference": reference["n"], "space": space.name,
-        "weights": space.weights,
-        "inception_score_splits": [min(SPLIT, n - start) for start in range(0, n, SPLIT)]}
+    result = metrics | {"n_samples": found[samples]["n"], "n_reference": found[reference]["n"],
+                        "space": space.name, "weights": space.weights}
+    if reference.cropped:
+        print(f"{len(reference.cropped)} of {reference.n} images of {args.reference} had another "
+              f"size than the samples and were cropped to {width} pixels")
+        result |= {"n_cropped": len(reference.cropped), "cropped_to": width}
+    return result
 
 
 def main(args):
@@ -446,33 +485,5 @@ def main(args):
                                "versions": versions, "date": time.strftime("%Y-%m-%d")}))
 
 
-def new_file(text):
-    """A type for argparse."""
-    if os.path.exists(text) or not os.path.isdir(os.path.dirname(text) or "."):
-        raise argparse.ArgumentTypeError(f"{text} is there already, or its folder is not")
-    return text
-
-
-def parser():
-    p = run.Parser(description=__doc__)
-    p.add_argument("samples", help="generated images: .npz, .npy or folder")
-    p.add_argument("reference", help="real images, or an .npz of moments; or the word digits: the "
-                                     "held-out ones (a folder so named is ./digits)")
-    p.flag("features", "inception", "space of the distance: inception, which has all five metrics, "
-           "dinov2 (ViT-L), pixels, or any timm model")
-    p.add_argument("--weights", type=run.existing_file, metavar="FILE",
-                   help="the space's weights (default: downloaded)")
-    p.add_argument("--features_kwargs", nargs="*", type=run.key_value, default=[],
-                   metavar="KEY=VALUE", help="arguments of timm.create_model, or mean, std and "
-                   "input_size in place of the model's own")
-    p.add_argument("--save_stats", type=new_file, metavar="FILE",
-                   help="keep what was measured of the reference, an .npz that is a reference, too")
-    p.flag("batch_size", 32, "images a batch", type=run.count)
-    p.flag("workers", min(8, os.cpu_count()), "threads that read files", type=run.natural)
-    p.switch("labels", True, "compare digits with the classes y in the samples' .npz, if any")
-    p.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
-    return p
-
-
 if __name__ == "__main__":
-    run.run_cli(main, parser().parse_args())
+    run.run_cli(main, args)

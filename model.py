@@ -49,6 +49,10 @@ class Flow:
         """(B,) mean squared error of the velocity."""
         return (pred - (x - eps)).square().mean((1, 2, 3))
 
+    def prediction(self, x, eps):
+        """What the net should predict where x is noised with eps."""
+        return x - eps
+
     def denoised(self, pred, x_t, t):
         """The clean sample that the prediction implies, for one time t."""
         return x_t + (1 - t) * pred
@@ -127,6 +131,10 @@ class DDPM:
                     + gap.square() * (-log_var).exp())
         nll = -log_likelihood_in_bins(x, x - gap, 0.5 * log_var)
         return torch.where(t == 0, nll.mean((1, 2, 3)), kl.mean((1, 2, 3))) / math.log(2)
+
+    def prediction(self, x, eps):
+        """What the net should predict where x is noised with eps; of variances the middle."""
+        return torch.cat([eps, torch.zeros_like(eps)], 1)
 
     def denoised(self, pred, x_t, t):
         """The clean sample that the prediction implies, for one step t; not clipped."""

@@ -8,8 +8,8 @@ recorded number `scale` (as in ReDi, arXiv 2504.16064). fid.py uses the same mom
 """
 import dataclasses
 import glob
-import os
 import pickle
+import types
 import zipfile
 
 import numpy as np
@@ -77,14 +77,13 @@ class PCA:
         """z (..., r) -> features (..., d) that it stands for, dropped components at their mean."""
         return z / self.scale @ self.components[:z.shape[-1]] * self.std + self.mean
 
-    def first(self, k):
-        """The same with the first k components. ValueError if there are not so many."""
+    def first(self, k, scale=None):
+        """The same with the first k components; with another scale, if it is given. ValueError if
+        there are not so many."""
         if not 1 <= k <= len(self.variance):
             raise ValueError(f"cannot keep {k} components, there are {len(self.variance)}")
-        return dataclasses.replace(self, components=self.components[:k], variance=self.variance[:k])
-
-    def with_scale(self, scale):
-        return dataclasses.replace(self, scale=float(scale))
+        return dataclasses.replace(self, components=self.components[:k],
+                                   variance=self.variance[:k], scale=float(scale or self.scale))
 
     def to(self, device):
         """The same whose project() takes float32 tensors on that device."""
@@ -101,40 +100,30 @@ def fit(moments, k, scale=1.0, encoder="", weights=""):
     """The first k components. One pass is enough: the covariance of standardised features is the
     raw one divided by std std^T. A component's largest loading is positive, as in scikit-learn.
     ValueError if there are fewer than k channels or two rows."""
-    d = len(moments.sum)
-    if not 1 <= k <= d:
-        raise ValueError(f"cannot keep {k} components of {d} channels")
     cov = moments.cov
     std = np.sqrt(np.diag(cov).clip(min=0) * (moments.n - 1) / moments.n)
     # cancellation leaves dust where a channel is constant; such a channel's z is 0
     std = np.where(std > 1e-6 * np.abs(moments.mean), std, 1.0)
     variance, vectors = np.linalg.eigh(cov / np.outer(std, std))      # ascending
     variance, components = variance[::-1].clip(min=0), vectors[:, ::-1].T
-    largest = np.abs(components).argmax(1)
-    components = components * np.sign(components[np.arange(d), largest])[:, None]
-    return PCA(moments.mean, std, components[:k], variance[:k], float(variance.sum()),
-               int(moments.n), float(scale), encoder, weights)
+    largest = np.take_along_axis(components, np.abs(components).argmax(1)[:, None], 1)
+    return PCA(moments.mean, std, components * np.sign(largest), variance, float(variance.sum()),
+               int(moments.n), float(scale), encoder, weights).first(k)
 
 
 def load(path):
     """A file written by PCA.save. UserError says what is wrong with it."""
-    if not os.path.exists(path):
-        raise run.UserError(f"no PCA file at {path}")
-    with run.blamed_on(f"{path} is not a PCA file of ours", "make it with data.py, or with pca.py "
+    with run.blamed_on(f"{path} is no PCA file of ours", "make it with data.py, or with pca.py "
                        "--from_official"), np.load(path, allow_pickle=False) as file:
         values = {field.name: file[field.name] for field in dataclasses.fields(PCA)}
     return PCA(**{name: value if value.ndim else value.item() for name, value in values.items()})
 
 
-class _OfficialPCA:
-    """Takes the attributes of the scikit-learn PCA that the authors' file pickles."""
-
-
 class _OfficialUnpickler(pickle.Unpickler):
-    """Admits numpy arrays and that one class, in whose place it puts ours: no code of the file's
-    choice can run."""
+    """Admits numpy arrays and scikit-learn's PCA, whose attributes a namespace takes: no code of
+    the file's choice can run."""
     reconstruct, _, _ = np.zeros(1).__reduce__()
-    admitted = {"sklearn.decomposition._pca.PCA": _OfficialPCA,
+    admitted = {"sklearn.decomposition._pca.PCA": types.SimpleNamespace,
                 "_codecs.encode": lambda text, encoding: text.encode("latin1"),
                 "numpy.core.multiarray._reconstruct": reconstruct,
                 "numpy._core.multiarray._reconstruct": reconstruct,
@@ -155,14 +144,13 @@ def from_official(path, scale=1.0):
             with archive.open(name) as file:
                 stats = _OfficialUnpickler(file).load()
         theirs = stats["pca_model"]
-        mean, std, centre, components, variance = (
-            np.asarray(array, np.float64) for array in (
-                stats["mean"], stats["std"], theirs.mean_, theirs.components_,
-                theirs.explained_variance_))
-        n = int(theirs.n_samples_)
-        if not (mean.shape == std.shape == centre.shape == components.shape[1:]
-                and components.shape[:1] == variance.shape and (std > 0).all()
-                and all(np.isfinite(a).all() for a in (mean, std, centre, components, variance))):
+        arrays = [np.asarray(array, np.float64) for array in (
+            stats["mean"], stats["std"], theirs.mean_, theirs.components_,
+            theirs.explained_variance_)]
+        mean, std, centre, components, variance = arrays
+        n, (k, d) = int(theirs.n_samples_), components.shape
+        if not ([a.shape for a in arrays] == [(d,), (d,), (d,), (k, d), (k,)] and (std > 0).all()
+                and all(np.isfinite(a).all() for a in arrays)):
             raise ValueError("its arrays do not fit together")
     # they centre twice, before and after the division: ((f - mean) / std - centre) @ components.T
     return PCA(mean + std * centre, std, components, variance, float(variance.sum()), n,
@@ -182,7 +170,7 @@ def image_grid(kinds, columns, tile, gap=2, names=()):
     """A PIL image of tiles: kinds are lists of uint8 (h, w, 3) pictures, the i-th of each standing
     one above the other; `columns` to a row, each enlarged or reduced to `tile` pixels. names, one
     for each kind, stand on the left."""
-    n, step = len(kinds[0]), tile + gap
+    n, step = max(map(len, kinds)), tile + gap
     columns = min(columns, n)
     row, left = len(kinds) * step + 2 * gap, gap
     if names:
@@ -217,10 +205,9 @@ def main(args):
         show(args.out, pca.first(min(8, len(pca.variance))))
         print(f"{args.out} keeps all {len(pca.variance)}; use it with: python data.py --images DIR "
               f"--pca {args.out}")
-        return
-    paths = sorted(glob.glob(f"{glob.escape(args.file)}/pca*.npz")) or [args.file]
-    for path in paths:
-        show(path, load(path))
+    else:
+        for path in sorted(glob.glob(f"{glob.escape(args.file)}/pca*.npz")) or [args.file]:
+            show(path, load(path))
 
 
 def parser():

@@ -5,13 +5,17 @@
     vae, encoder = VAE("stabilityai/sd-vae-ft-ema"), Encoder("resnet50", size=256)
 """
 import argparse
+import contextlib
 import functools
+import glob
 import hashlib
+import inspect
 import json
 import math
 import os
 import pickle
 import re
+import warnings
 import zipfile
 
 import numpy as np
@@ -19,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import model
-from run import UserError, blamed_on, one_line
+from run import UserError, blamed_on, is_out_of_memory, one_line
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"      # the paper's
 X_CHANNELS = 4                            # of all published weights: latents of Stable Diffusion
@@ -44,10 +48,22 @@ def is_hub_name(name):
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not os.path.exists(name)
 
 
+@functools.cache
+def hub_answers():
+    """Whether the Hugging Face hub can be reached. If not, its client is told to be content with
+    what it has downloaded before: it would try for a minute."""
+    from huggingface_hub import constants, get_session     # slow to import: not before it is used
+    with contextlib.suppress(Exception):                   # its client raises anything
+        get_session().head(constants.ENDPOINT, timeout=5)
+        return True
+    constants.HF_HUB_OFFLINE = True
+    return False
+
+
 def from_hub(repository):
     """The path of the one file of weights in a repository of the Hugging Face hub, downloaded once.
     UserError if there is not exactly one, or it cannot be had."""
-    import huggingface_hub as hub                          # slow to import: not before it is used
+    import huggingface_hub as hub
     with blamed_on(f"{repository} is no file here, and cannot be had from the hub",
                    "without internet, download its weights elsewhere, and give their path"):
         try:                                               # downloaded before?
@@ -57,6 +73,8 @@ def from_hub(repository):
         except (OSError, ValueError):
             names = []
         if not any(name.endswith(WEIGHT_FILES) for name in names):
+            if not hub_answers():
+                raise ConnectionError("it does not answer")
             names = hub.HfApi().list_repo_files(repository)
         names = [name for name in names if name.endswith(WEIGHT_FILES)]
         if len(names) != 1:
@@ -65,13 +83,31 @@ def from_hub(repository):
         return hub.hf_hub_download(repository, names[0])   # from the cache, if it is there
 
 
+@contextlib.contextmanager
+def reading(path):
+    """Whatever is wrong with the file becomes one line; trouble of the disk or memory does not."""
+    try:
+        yield
+    except Exception as error:                             # damage raises anything
+        if isinstance(error, (UserError, OSError)) or is_out_of_memory(error):
+            raise
+        reason, before = one_line(error), os.path.join(os.path.dirname(path), "ckpt_prev.pt")
+        if isinstance(error, pickle.UnpicklingError):      # whose message advises to run the code
+            refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+            reason = f"it holds {refused[1]}" if refused else "no plain weights are in it"
+        raise UserError(
+            f"{path} is damaged, or neither a checkpoint of train.py nor weights that the authors "
+            f"of ReDi, SiT or DiT publish ({reason})"
+            + f"; the checkpoint before it is {before}" * os.path.exists(before)) from None
+
+
 def read_weights(path, check=True):
     """What torch.save or safetensors wrote to that file, on the CPU. check: compare its checksums
     before. UserError if it is missing or damaged, or would run code."""
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint at {path}; make one with: python train.py, or give weights "
                         "that the authors of ReDi, SiT or DiT publish")
-    try:
+    with reading(path):
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
             return load_file(path)
@@ -83,25 +119,21 @@ def read_weights(path, check=True):
                 raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
         with torch.serialization.safe_globals([argparse.Namespace]):     # the authors' settings
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (OSError, MemoryError):                         # no fault of the file's
-        raise
-    except Exception as error:                             # damage raises anything
-        reason = one_line(error)
-        if isinstance(error, pickle.UnpicklingError):      # whose message advises to run the code
-            refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-            reason = f"it holds {refused[1]}" if refused else "no plain weights are in it"
-        raise unusable(path, reason) from None
-
-
-def unusable(path, reason):
-    before = os.path.join(os.path.dirname(path), "ckpt_prev.pt")
-    return UserError(f"{path} is damaged, or neither a checkpoint of train.py nor weights that the "
-                     f"authors of ReDi, SiT or DiT publish ({reason})"
-                     + f"; the checkpoint before it is {before}" * os.path.exists(before))
 
 
 CHECKPOINT = {"config", "settings", "meta", "step", "net", "ema", "optimizer", "sums"}
 SNAPSHOT = {"config", "settings", "meta", "step", "ema"}
+
+
+def full_config(config):
+    """All of model.build's arguments, of a checkpoint that may be older than some of them: those
+    have their defaults. UserError for others, of newer code."""
+    known = inspect.signature(model.build).parameters
+    unknown = [name for name in config if name not in known]
+    if unknown:
+        raise UserError(f"the checkpoint's network has {', '.join(unknown)} in its config, which "
+                        "this code does not know: take the code that trained it")
+    return {name: each.default for name, each in known.items()} | config
 
 
 def load_checkpoint(path, needed=CHECKPOINT, check=True):
@@ -109,10 +141,11 @@ def load_checkpoint(path, needed=CHECKPOINT, check=True):
     data's), step, net, ema, optimizer, sums (the log's) and, with --repa, projector. A snapshot of
     --keep_every has SNAPSHOT's keys alone. UserError if a needed one is missing."""
     checkpoint = read_weights(path, check)
-    missing = needed - set(checkpoint) if isinstance(checkpoint, dict) else needed
-    if missing:
-        raise unusable(path, f"no {', '.join(sorted(missing))}")
-    return checkpoint
+    with reading(path):
+        missing = needed - set(checkpoint) if isinstance(checkpoint, dict) else needed
+        if missing:
+            raise ValueError(f"no {', '.join(sorted(missing))}")
+        return checkpoint | {"config": full_config(checkpoint["config"])}
 
 
 def load_model(path, name=None):
@@ -123,32 +156,48 @@ def load_model(path, name=None):
     them. name: the model's, as --model has it, which tells plain DiT from plain SiT; None: as the
     weights say. UserError if it cannot be had, or is another model.
     """
+    if name not in (None, *model.NAMES):
+        raise UserError(f"--model {name}: there are {', '.join(model.NAMES)}")
     if is_hub_name(path) and not path.endswith(WEIGHT_FILES):
         path = from_hub(path)
     content = read_weights(path)
-    if isinstance(content, dict) and SNAPSHOT <= set(content):
-        net = model.build(**content["config"])
-        net.load_state_dict(content["ema"])
-        metadata = {key: content[key] for key in SNAPSHOT - {"ema"}}
-    else:
-        try:
+    with reading(path):
+        if isinstance(content, dict) and SNAPSHOT <= set(content):
+            net = model.build(**full_config(content["config"]))
+            net.load_state_dict(content["ema"])
+            metadata = {key: content[key] for key in ("settings", "meta", "step")}
+        else:
             net = load_published(content, name and model.parse_name(name)[0])
-        except ValueError as error:
-            raise unusable(path, error) from None
-        metadata = {
-            "config": net.config, "step": None,
-            "settings": {"sample_steps": PUBLISHED_STEPS, "p_drop_z": None, "p_drop_y": None},
-            "meta": {"vae": SD_VAE, "vae_weights": None, "scale": None, "shift": None,
-                     "image_size": None, "z_std": None}}
+            metadata = {
+                "settings": {"sample_steps": PUBLISHED_STEPS, "p_drop_z": None, "p_drop_y": None},
+                "meta": {"vae": SD_VAE, "vae_weights": None, "scale": None, "shift": None,
+                         "image_size": None, "z_std": None}, "step": None}
     if name and net.config["name"] != name:
         raise UserError(f"--model {name}: {path} is {net.config['name']}")
-    return net.eval().requires_grad_(False), metadata
+    return net.eval().requires_grad_(False), metadata | {"config": net.config}
+
+
+def find_weights(content):
+    """The state dict {name: tensor} of a DiT in what a file holds: at any depth, averaged weights
+    before others; without the prefixes of DDP and torch.compile, and REPA's projectors."""
+    def tensors(content, path=""):
+        for name, value in content.items():
+            if isinstance(value, dict):
+                yield from tensors(value, f"{path}{name}.")
+            elif isinstance(value, torch.Tensor):
+                yield re.sub(r"\b(module|_orig_mod)\.", "", f"{path}{name}"), value
+
+    found, first = dict(tensors(content)), "x_embedder.proj.weight"
+    prefixes = [name.removesuffix(first) for name in found if name.endswith(first)]
+    prefix = min(prefixes, key=lambda prefix: "ema" not in prefix, default="")
+    return {name.removeprefix(prefix): value for name, value in found.items()
+            if name.startswith(prefix) and not name.startswith(f"{prefix}projectors.")}
 
 
 def load_published(source, family=None):
     """The network, in eval mode, of weights that the authors of ReDi, SiT or DiT publish.
 
-    source: a file, or its state dict, bare or as "ema" beside others. family: DiT or SiT, which a
+    source: a file, or its content, a state dict or one among others. family: DiT or SiT, which a
     plain net's weights do not tell; more than 4 input channels mean ReDi, so SiT unless said
     otherwise. ValueError for anything else.
 
@@ -159,18 +208,19 @@ def load_published(source, family=None):
         source = read_weights(source)
     if not isinstance(source, dict):
         raise ValueError(f"no state dict but a {type(source).__name__}")
-    weights = dict(source.get("ema", source))
-    try:
-        embed, pos = weights.pop("x_embedder.proj.weight"), weights.pop("pos_embed")
-        decode, bias = (weights.pop(f"final_layer.linear.{part}") for part in ("weight", "bias"))
-        n_classes = len(weights["y_embedder.embedding_table.weight"]) - 1
-    except KeyError as error:
-        raise ValueError(f"no weights of DiT, SiT or ReDi: they lack {error}") from None
+    weights = find_weights(source)
+    needed = ["x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight",
+              "final_layer.linear.weight", "final_layer.linear.bias"]
+    missing = [name for name in needed if name not in weights]
+    if missing:
+        raise ValueError(f"found {', '.join(map(str, [*(weights or source)][:5]))}, needed "
+                         f"{', '.join(missing)}")
+    embed, pos, labels, decode, bias = (weights[name] for name in needed)
     width, channels, patch, _ = embed.shape
     depth = sum(name.endswith("attn.qkv.weight") for name in weights)
-    r, outputs = channels - X_CHANNELS, len(decode) // (patch ** 2 * channels)
+    r, (outputs, rest) = channels - X_CHANNELS, divmod(len(decode), patch ** 2 * channels)
     sizes = [size for size in model.SIZES if model.SIZES[size][:2] == (depth, width)]
-    if not sizes or r < 0 or outputs not in (1, 2):
+    if not sizes or r < 0 or outputs not in (1, 2) or rest:
         raise ValueError(f"no published net has {depth} blocks of width {width}, {channels} input "
                          f"channels and {outputs} times as many outputs")
     family = "SiT" if r and family is None else family
@@ -179,7 +229,7 @@ def load_published(source, family=None):
     used = model.FAMILIES[family].outputs
     if outputs < used:
         raise ValueError("DiT weights have outputs for variances, these have none: take SiT")
-    net = model.build(f"{family}-{sizes[0]}/{patch}", "merged" if r else "none", r, n_classes,
+    net = model.build(f"{family}-{sizes[0]}/{patch}", "merged" if r else "none", r, len(labels) - 1,
                       X_CHANNELS, math.isqrt(pos.shape[1]) * patch)
     # rows are ordered (p, p, channel); the channels are those of the predictions, then variances
     decode, bias = (part.view(patch ** 2, outputs, channels, -1)[:, :used]
@@ -194,9 +244,12 @@ def load_published(source, family=None):
         weights[f"final_layer.{name}.bias"] = bias[:, :, part].reshape(-1)
     weights["pos_embed"] = net.pos_embed                                   # the same, or nearly
     try:
-        net.load_state_dict(weights)
+        missing, others = net.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise ValueError(str(error).splitlines()[-1].strip()) from None
+    if missing or others:
+        raise ValueError(f"found {', '.join(others[:5]) or 'no others'}, needed "
+                         f"{', '.join(missing[:5]) or 'no more'}")
     return net.eval()
 
 
@@ -237,12 +290,20 @@ class VAE:
         advice = f"give a local folder in diffusers' format, or a hub name such as {SD_VAE}"
         if not is_hub_name(name) and not os.path.exists(f"{name}/config.json"):
             raise UserError(f"--vae {name}: no config.json there; {advice}")
-        with blamed_on(f"--vae {name} cannot be loaded", advice):
+        if is_hub_name(name) and not hub_answers():
+            advice = f"the hub does not answer: {advice}"
+        # between the dots of diffusion_pytorch_model.fp16.safetensors stands the variant
+        variants = [os.path.basename(path).split(".")[1:-1]
+                    for path in glob.glob(f"{glob.escape(name)}/diffusion_pytorch_model*")
+                    if path.endswith(WEIGHT_FILES)]
+        with blamed_on(f"--vae {name} cannot be loaded", advice), \
+                warnings.catch_warnings(action="ignore"):
             kind = diffusers.AutoencoderKL.load_config(name).get("_class_name")
             if kind not in ("AutoencoderKL", "AutoencoderTiny"):
                 raise ValueError(f"it is of class {kind}, not AutoencoderKL or AutoencoderTiny")
             vae, info = getattr(diffusers, kind).from_pretrained(
-                name, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True)
+                name, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True,
+                variant=".".join(min(variants, default=[])) or None)
             misfits = [*info["missing_keys"], *info["mismatched_keys"]]
             if misfits:
                 raise ValueError(f"its weights lack or do not fit {misfits[0]}")
@@ -290,15 +351,14 @@ def scaled(x, scale, shift):
 
 def vae_of(meta, device="cpu"):
     """The VAE that made the data which meta describes, opened once; None: its x are pixels."""
-    if meta["vae"] is None:
-        return None
-    return _open_vae(meta["vae"], meta["vae_weights"],
-                     json.dumps([meta["scale"], meta["shift"]]), torch.device(device))
+    described = json.dumps([meta[key] for key in ("vae", "vae_weights", "scale", "shift")])
+    return open_vae(described, torch.device(device)) if meta["vae"] else None
 
 
 @functools.lru_cache(maxsize=1)
-def _open_vae(name, weights, scale_and_shift, device):
-    vae = VAE(name, device, *json.loads(scale_and_shift))
+def open_vae(described, device):
+    name, weights, scale, shift = json.loads(described)
+    vae = VAE(name, device, scale, shift)
     if weights and vae.weights != weights:
         raise UserError(f"the VAE at {name} is not the one that made the data, its weights differ; "
                         f"put that one there, or: sample.py --vae {name}")
@@ -316,6 +376,8 @@ def timm_network(name, weights=None, settings=None):
     settings = dict(settings or {})
     own = {key: settings.pop(key) for key in ("mean", "std", "input_size") if key in settings}
     overlay = {"file": weights, "custom_load": weights.endswith(".npz")} if weights else {}
+    if not weights:
+        hub_answers()
     net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **settings)
     config = timm.data.resolve_model_data_config(net) | own
     mean, std = (torch.tensor(config[key]).expand(3).view(3, 1, 1) for key in ("mean", "std"))

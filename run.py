@@ -17,9 +17,8 @@ import os
 import shutil
 import sys
 import uuid
+import warnings
 import zlib
-
-import numpy as np
 
 
 class UserError(ValueError):
@@ -39,26 +38,38 @@ def is_out_of_memory(error):
 
 def is_the_machines(error):
     """Whether too little memory or a disk or process in trouble is to blame, not a file or flag."""
-    troubles = errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EMFILE, errno.ENFILE
+    troubles = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EMFILE, errno.ENFILE,
+                errno.ENOMEM)
     return is_out_of_memory(error) or isinstance(error, OSError) and error.errno in troubles
 
 
 def run_cli(main, args):
-    """main(args). Mistakes, a full disk, too little memory and Ctrl-C end it in one line."""
+    """main(args). Mistakes, a full disk, too little memory and no compiler end it in one line."""
     try:
         main(args)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # for what it holds
+        sys.exit("error: nobody reads the output any more; the same command continues")
     except OSError as error:
-        sys.exit(f"error: {one_line(error)}; what is finished is kept: once that is mended (a full "
-                 "disk?), the same command continues")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues")
+        sys.exit(f"error: {one_line(error)}; finished work is kept: remove the cause (a full "
+                 "disk?), and the same command continues")
     except Exception as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            sys.exit(f"error: --compile failed ({one_line(error)}); --no-compile does without")
         if not is_out_of_memory(error):
             raise
         sys.exit(f"error: out of memory ({one_line(error)}); lower --batch_size, or train.py's "
                  "--micro_batch_size")
+
+
+def say_interrupted(kind, error, trace):
+    """sys.excepthook: Ctrl-C is one line, while torch is imported, too."""
+    if kind is KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 @contextlib.contextmanager
@@ -78,6 +89,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                          **options)
+
+    def parse_args(self, args=None, namespace=None):
+        if args is None:                                   # a command line
+            sys.excepthook = say_interrupted
+            sys.stdout.reconfigure(errors="backslashreplace")              # for names in unicode
+        return super().parse_args(args, namespace)
 
     def error(self, message):
         self.exit(2, f"error: {message}; {self.prog} --help has the list\n")
@@ -143,7 +160,9 @@ def pick_device(name=None):
     UserError if it cannot be used."""
     import torch
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    with blamed_on(f"--device {name} cannot be used", "try --device cpu"):
+    with blamed_on(f"--device {name} cannot be used", "try --device cpu"), \
+            warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'mkldnn'")                     # the error says the same
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))    # torchrun's
@@ -221,6 +240,7 @@ def prefetch(make, steps, ahead=4):
 
 def seeds(seed, purpose, index=0, n=1):
     """n integers for (seed >= 0, purpose, index >= 0), and for nothing else in the program."""
+    import numpy as np
     key = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), index])
     return key.generate_state(n, np.uint64).tolist()
 
@@ -274,13 +294,14 @@ def locked(folder, seconds=2):
         raise UserError(f"another command is writing to {folder}: wait for its end, or choose "
                         "another --out") from None
     try:
-        for part in glob.glob(f"{glob.escape(folder)}/**/*.part", recursive=True):
+        parts = f"{glob.escape(folder)}/**/*.{8 * '[0-9a-f]'}.part"        # write_whole's alone
+        for part in glob.glob(parts, recursive=True):
             os.remove(part)                                # half written by one that was killed
         yield
     finally:
+        if os.listdir(folder) == [".lock"]:                # a mistake: nothing was written
+            shutil.rmtree(folder, ignore_errors=True)      # before another command may have it
         lock.release()
-        if os.listdir(folder) in ([], [".lock"]):          # a mistake: nothing was written
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Parts:

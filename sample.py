@@ -2,15 +2,72 @@
 
     python sample.py --w_r 1.5                     # from out/ckpt.pt, which train.py wrote
     python sample.py --ckpt zelaki/SiT-ReDi-XL-2 --w_cfg 2.4           # the authors' own weights
-    torchrun --nproc_per_node=8 sample.py --n_samples 50000            # as papers' tables need
+    torchrun --nproc_per_node=8 sample.py --n_samples 50000 --labels random    # as tables need
 
 Writes DIR/samples.npz: arr_0 uint8 (N, H, W, 3) as in ADM's files, y (N,) and with --save_z z
 (N, r, h, w); sheet.png, images above their generated feature maps; and samples.json, how they were
 made. Image i depends on (seed, i) alone.
 """
-import concurrent.futures
+import run
+
+
+def interval(text):
+    """argparse's type of --cfg_interval."""
+    lo, hi = map(float, text.split(","))
+    if not 0 <= lo <= hi <= 1:
+        raise ValueError
+    return [lo, hi]
+
+
+def parser():
+    p = run.Parser(description=__doc__)
+    p.flag("ckpt", "out/ckpt.pt", "checkpoint of train.py; a file that the authors of ReDi, SiT or "
+                                  "DiT publish; or the hub repository that holds it, as OWNER/NAME")
+    p.add_argument("--model", metavar="NAME",
+                   help="what it is, such as DiT-XL/2: needed for published weights of plain DiT "
+                        "and SiT, which look alike (default: as the weights say)")
+    p.flag("out", "samples", "output folder", metavar="DIR")
+    p.switch("restart", False, "begin anew, and replace the samples in --out")
+    p.flag("n_samples", 60, "number of images", type=run.count)
+    p.flag("n_sheet", 60, "how many of them sheet.png shows at most", type=run.count)
+    p.switch("save_z", False, "the generated features too, in samples.npz")
+    p.switch("png", False, "the images as files too, png/000000.png and on")
+    p.switch("compare", False, "instead, compare.png: the first --n_sheet images, 10 at most, "
+                               "without guidance, with --w_cfg, with --w_r and with both")
+    p.switch("trajectory", False, "instead, trajectory.png: what the network takes for the clean "
+                                  "image and features on the way from noise to data")
+    p.add_argument("--z_from", nargs="+", metavar="IMAGE",
+                   help="instead, variations.png: samples from the features of these images, or of "
+                        "rows of a prepared folder, as in prepared/digits:3,14,15")
+    p.add_argument("--batch_size", type=run.count,
+                   help="images a batch (default: --n_samples, at most 64)")
+    p.flag("seed", 0, "image i is a function of (seed, i)", type=run.natural)
+    p.add_argument("--labels", help="balanced, which is all classes in turn, random, as the tables "
+                   "of papers have it, or classes N,N,... in turn (default: balanced)")
+    p.add_argument("--solver", choices=["sde", "euler", "heun", "ddpm", "ddim"],
+                   help="for SiT sde (Euler-Maruyama, the default), euler or heun (ODE); for DiT "
+                        "ddpm (the default) or ddim")
+    p.add_argument("--steps", type=run.count, help="sampling steps, network calls per image (NFE) "
+                   "(default: the training run's --sample_steps: 250, for digits 40)")
+    p.add_argument("--vae", help="VAE that decodes, hub name or local folder (default: the one "
+                                 "that made the training data)")
+    p.flag("w_cfg", 1.0, "weight of classifier-free guidance, the cfg_scale of others; 1 is off",
+           type=run.finite)
+    p.flag("w_r", 1.0, "weight of representation guidance; 1 is off", type=run.finite)
+    p.flag("cfg_on", "x", "what w_cfg guides: x, or x and z", choices=["x", "both"])
+    p.flag("rg_on", "x", "what w_r guides: x, or x and z", choices=["x", "both"])
+    p.add_argument("--cfg_interval", type=interval, default=[0.0, 1.0], metavar="LO,HI",
+                   help="times, 0 is noise and 1 data, between which w_cfg acts; elsewhere its "
+                        "term is not computed (default: 0,1: always)")
+    p.device_flags()
+    return p
+
+
+if __name__ == "__main__":     # before torch, which takes seconds: --help and typos are quicker
+    args = parser().parse_args()
+
 import contextlib
-import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -30,7 +87,6 @@ import data
 import model
 import pca
 import pretrained
-import run
 from run import UserError
 
 
@@ -71,6 +127,27 @@ def guided(net, y, w_cfg=1.0, w_r=1.0, cfg_on="x", rg_on="x", cfg_interval=(0.0,
         return results
 
     return predict
+
+
+def given_z(z, guide=guided):
+    """A guide for sample_batches(), as `guide`, but with z (n, r, H, W) given: image i sees z[i % n]
+    noised to t with the eps that its z_t begins with. The prediction that implies this z stands in
+    for the network's, so that every solver ends in it, the SDE but for 0.04 eps."""
+    rows = itertools.count()                               # batches come in order
+
+    def guide_given(net, y, **guidance):
+        predict, eps = guide(net, y, **guidance), []
+        mine = z[[next(rows) % len(z) for _ in y]].to(y.device)                      # (B, r, H, W)
+
+        def predict_given(state, t):
+            eps[:] = eps or state[1:]
+            times = torch.full((len(y),), t, device=y.device)
+            state[1] = net.diffusion.add_noise(mine, *eps, times)   # whatever noise came on top
+            return [predict(state, t)[0], net.diffusion.prediction(mine, *eps)]
+
+        return predict_given
+
+    return guide_given
 
 
 # solver(predict, diffusion, state, steps, noise) -> state at the data end, from pure noise. state:
@@ -207,13 +284,11 @@ def generate(net, y, steps, solver=None, seed=0, batch_size=64, device="cpu", pr
 
 
 def choose_labels(labels, n, n_classes, seed):
-    """Classes (n,). labels: "random" (y_i a function of (seed, i)), "balanced" (i mod n_classes) or
-    "3,1,4", cycled; all zeros where n_classes is 0. UserError for classes that do not exist."""
-    if n_classes == 0 and labels == "random":
-        return torch.zeros(n, dtype=torch.long)
+    """Classes (n,). labels: "balanced" (i mod n_classes), "random" (y_i a function of (seed, i); 0
+    where n_classes is 0) or "3,1,4", in turn. UserError for classes that do not exist."""
     if labels == "random":
-        return torch.cat([torch.randint(n_classes, (1,), generator=run.generator(seed, "label", i))
-                          for i in range(n)])
+        return torch.cat([torch.randint(n_classes or 1, (1,), generator=run.generator(
+            seed, "label", i)) for i in range(n)])
     with run.blamed_on(f"--labels {labels}", "give random, or for models with classes balanced or "
                        f"some of 0 to {n_classes - 1}, such as 3,1,4"):
         y = range(n_classes) if labels == "balanced" else [int(y) for y in labels.split(",")]
@@ -222,18 +297,36 @@ def choose_labels(labels, n, n_classes, seed):
     return torch.tensor(y)[torch.arange(n) % len(y)]
 
 
-def image_grid(versions, z_std, columns=10, least=48):
-    """A PIL image of samples uint8 (n, H, W, 3) above their features z (n, r, H, W) or None, which
-    z_std makes equally bright: rows of `columns` images, tiles at least `least` pixels wide.
-    versions: [(name, images, z)] of the same samples, which stand one below the other."""
+def image_grid(versions, z_std=None, columns=10, least=48):
+    """A PIL image of samples uint8 (n, H, W, 3) above their features z (n, r, H, W) or None: rows of
+    `columns` images, tiles at least `least` pixels wide. versions: [(name, images, z)], which stand
+    one below the other. z_std (r,): the data's, for equal brightness; None: that of these z."""
     kinds, names = [], []
     for name, images, z in versions:
-        pair = [images] + ([] if z is None else [pca.colours(z, z_std)])
-        kinds += pair
-        names += [name, ""][:len(pair)]
+        kinds.append(images)
+        names.append(name)
+        if z is not None:
+            std = z_std or np.concatenate([z for *_, z in versions if z is not None]).std((0, 2, 3))
+            kinds.append(pca.colours(z, std))
+            names.append("")
     size = kinds[0].shape[1]
     return pca.image_grid(kinds, columns, size * -(-least // size),
                           names=names if any(names) else ())
+
+
+def sheet(images, z=None, y=None, classes=(), z_std=None, columns=10):
+    """image_grid() of samples of classes y (n,), class by class, or as they come if there are more
+    than `columns`; the name of a row's class, or of its first and last, on the left."""
+    if y is None:
+        return image_grid([("", images, z)], z_std, columns)
+    rows = [np.flatnonzero(y == k) for k in np.unique(y)]
+    if len(rows) > columns:
+        rows = [np.arange(len(y))]
+    versions = []
+    for row in (row for each in rows for row in np.split(each, range(columns, len(each), columns))):
+        ends = dict.fromkeys(str(classes[y[i]]) for i in (row[0], row[-1]))
+        versions.append((" ... ".join(ends), images[row], None if z is None else z[row]))
+    return image_grid(versions, z_std, columns)
 
 
 def compare(net, y, w_cfg=1.0, w_r=1.0, **options):
@@ -243,6 +336,12 @@ def compare(net, y, w_cfg=1.0, w_r=1.0, **options):
         weights["both"] = w_cfg, w_r
     return [(name, *generate(net, y, w_cfg=a, w_r=b, **options))
             for name, (a, b) in weights.items() if (a, b) != (1, 1) or name == "no guidance"]
+
+
+def variations(net, y, z, seed=0, n=4, **options):
+    """[(name, x, None)]: samples from the given z (len(y), r, H, W), with n seeds."""
+    return [(f"seed {each}", generate(net, y, seed=each, guide=given_z(z), **options)[0], None)
+            for each in range(seed, seed + n)]
 
 
 def trajectory(net, y, n=8, **options):
@@ -270,19 +369,18 @@ def trajectory(net, y, n=8, **options):
 def check_guidance(metadata, args):
     """UserError where the model cannot be guided as asked; a warning where that is not known."""
     config, settings = metadata["config"], metadata["settings"]
-    for flag, dropout, possible in (("w_r", "p_drop_z", config["fusion"] != "none"),
-                                    ("w_cfg", "p_drop_y", config["n_classes"] > 0)):
-        asked = f"--{flag} {getattr(args, flag):g} needs a model trained with"
-        if getattr(args, flag) == 1:
+    for weight, dropout, lacks in (
+            ("w_r", "p_drop_z", config["fusion"] == "none" and "features, but --fusion none"),
+            ("w_cfg", "p_drop_y", config["n_classes"] == 0 and "classes")):
+        needs = f"--{weight} {getattr(args, weight):g} needs a model trained with --{dropout} > 0"
+        if getattr(args, weight) == 1:
             continue
-        if not possible:
-            what = "features, not --fusion none" if flag == "w_r" else "classes"
-            raise UserError(f"{asked} {what}; {args.ckpt} was not. Use --{flag} 1")
+        if lacks:
+            raise UserError(f"{needs}; {args.ckpt} has no {lacks}. Use --{weight} 1")
         if settings[dropout] == 0:
-            raise UserError(f"{asked} --{dropout} > 0; {args.ckpt} has 0. Retrain, or use "
-                            f"--{flag} 1")
-        if settings[dropout] is None and flag == "w_r":
-            warn(f"{asked} z-dropout; {args.ckpt} does not record whether it was")
+            raise UserError(f"{needs}; {args.ckpt} has 0. Retrain, or use --{weight} 1")
+        if settings[dropout] is None and weight == "w_r":
+            warn(f"{needs}; {args.ckpt} does not record it")
 
 
 def warn(text):
@@ -294,74 +392,58 @@ def vae_for(args, metadata, device):
     """The VAE that decodes, None where x are pixels; --vae becomes the metadata's. UserError if it
     does not suit; a warning if it is not the one of the data."""
     config, meta = metadata["config"], metadata["meta"]
-    of_data, size = meta["vae_weights"], meta["image_size"]
+    of_data = meta["vae_weights"]
     if args.vae and not meta["vae"]:
         raise UserError(f"--vae {args.vae}: {args.ckpt} makes pixels, which no VAE decodes")
     if args.vae:
         meta |= {"vae": args.vae, "vae_weights": None, "scale": None, "shift": None}
     vae = pretrained.vae_of(meta, device)
     if vae:
-        found = vae.channels, config["x_size"] * vae.factor
-        if found != (config["x_channels"], size or found[1]):
-            raise UserError(f"--vae {vae.name} makes {found[1]} pixels from {found[0]} channels, "
-                            f"the data have {size or 'any'} and {config['x_channels']}; take the "
+        channels, size = config["x_channels"], config["x_size"] * vae.factor
+        if (vae.channels, size) != (channels, meta["image_size"] or size):
+            raise UserError(f"--vae {vae.name} makes {size} pixels from {vae.channels} channels, "
+                            f"the data have {meta['image_size'] or 'any'} and {channels}; take the "
                             "VAE that made them")
         if of_data and vae.weights != of_data:
             warn(f"--vae {vae.name} is not the VAE that made the data, its weights differ")
     return vae
 
 
-def make_parts(parts, net, y, meta, n_with_z, **options):
-    """Sample the batches that are absent, a part each: images, and z of those that hold one of the
-    first n_with_z rows. Decoding and writing overlaps with the next batch."""
-    def write(path, rows, state):
-        x, *z = (part[:len(rows)] for part in state)
+def make_parts(parts, net, y, meta, **options):
+    """Sample the batches that are absent, a part each: arr_0, the images, y and z, where the net
+    has them. Decoding and writing overlaps with the next batch."""
+    def write(part):
+        path, (rows, state) = part
+        x, *z = (each[:len(rows)] for each in state)
         if not x.isfinite().all():
             raise UserError(f"the samples {rows.start} to {rows.stop - 1} hold NaN or infinity; "
                             "lower --w_cfg and --w_r, try --no-bf16, or an earlier checkpoint")
-        arrays = {"images": data.decode(x, meta, options["device"])}
-        if z and rows.start < n_with_z:
-            arrays["z"] = z[0].float().cpu().numpy()
+        arrays = {"arr_0": data.decode(x, meta, options["device"])}
+        arrays |= {"y": y[rows.start:rows.stop].numpy()} if net.n_classes else {}
+        arrays |= {"z": z[0].float().cpu().numpy()} if net.r else {}
         run.write_whole(path, lambda file: np.savez(file, **arrays))
 
     mine = parts.mine()
-    with concurrent.futures.ThreadPoolExecutor(1) as writer, tqdm(
-            total=len(mine), unit="batch", disable=run.rank_and_count()[0] > 0) as bar:
-        writing = writer.submit(int)
-        for b, (rows, state) in zip(mine, sample_batches(net, y, mine, **options)):
-            writing.result()
-            writing = writer.submit(write, parts.paths[b], rows, state)
-            bar.update()
-        writing.result()
+    made = zip([parts.paths[b] for b in mine], sample_batches(net, y, mine, **options))
+    for _ in tqdm(run.prefetch(write, made, ahead=1), total=len(mine), unit="batch",
+                  disable=run.rank_and_count()[0] > 0):
+        pass
     parts.complete()
 
 
-def rows_of(parts, name, n):
-    """The array of that name in the parts, part by part, up to row n."""
-    for path in parts.paths:
-        if n > 0:
-            with np.load(path) as part:
-                rows = part[name][:n]
-            yield rows
-            n -= len(rows)
-
-
-def write_samples(path, parts, n, y, with_z):
-    """samples.npz from the parts, never more than one of them in memory. y None: no classes."""
+def write_npz(path, parts, names, n):
+    """The n rows of these arrays of the parts as one file, never more than a part in memory."""
     def write(file):
         with zipfile.ZipFile(file, "w") as archive:
-            for name in ["images", "z"][:1 + with_z]:
-                first = next(rows_of(parts, name, n))
-                header = {"descr": first.dtype.str, "fortran_order": False,
-                          "shape": (n, *first.shape[1:])}
-                entry = {"images": "arr_0"}.get(name, name)
-                with archive.open(f"{entry}.npy", "w", force_zip64=True) as array:
-                    np.lib.format.write_array_header_1_0(array, header)
-                    for rows in rows_of(parts, name, n):
-                        array.write(rows.tobytes())
-            if y is not None:
-                with archive.open("y.npy", "w") as array:
-                    np.save(array, y)
+            for name in names:
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    for k, part in enumerate(parts.paths):
+                        array = np.load(part)[name]
+                        if k == 0:
+                            np.lib.format.write_array_header_1_0(entry, {
+                                "descr": array.dtype.str, "fortran_order": False,
+                                "shape": (n, *array.shape[1:])})
+                        entry.write(array.tobytes())
 
     run.write_whole(path, write)
 
@@ -370,23 +452,21 @@ def write_pngs(images, folder):
     """000000.png and on, in a new folder."""
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        for _ in pool.map(lambda i: Image.fromarray(images[i]).save(f"{folder}/{i:06d}.png"),
-                          range(len(images))):
-            pass
+    for _ in run.prefetch(lambda i: Image.fromarray(images[i]).save(f"{folder}/{i:06d}.png"),
+                          range(len(images)), os.cpu_count()):
+        pass
 
 
 def is_finished(args, settings):
-    """Whether args.out holds samples.npz of these settings. UserError if it has others, unless
-    --restart is to replace them."""
-    path = f"{args.out}/samples.json"
-    if args.restart or not os.path.exists(path):
+    """Whether args.out holds samples of these settings. UserError if it has others, unless --restart
+    is to replace them."""
+    names = [f"{args.out}/samples.{kind}" for kind in ("json", "npz")]
+    if args.restart or not all(map(os.path.exists, names)):
         return False
-    with run.blamed_on(f"{path} is damaged", "choose another --out, or --restart"), \
-            open(path) as file:
+    with run.blamed_on(" or ".join(names) + " is damaged", "choose another --out, or --restart"), \
+            open(names[0]) as file:
+        zipfile.ZipFile(names[1]).close()
         stored = json.load(file)["settings"]
-        if not zipfile.is_zipfile(f"{args.out}/samples.npz"):
-            raise ValueError("samples.npz is no zip file")
     for key, value in settings.items():
         if stored.get(key) != value:
             raise UserError(f"{args.out} holds samples of another --{key}: {stored.get(key)}, now "
@@ -394,56 +474,76 @@ def is_finished(args, settings):
     return True
 
 
-def show(net, y, meta, args, options):
-    """The pictures of --compare and --trajectory."""
-    y = y[:min(args.n_sheet, 10)]
+def show(name, make, net, y, meta, args, options, above=(), **more):
+    """The picture of that name: what `make` makes of classes y, below the versions `above`."""
+    options = options | {"batch_size": len(y)} | more
+    versions = [(title, data.decode(x, meta, options["device"]), z)
+                for title, x, z in make(net, y, **options)]
     os.makedirs(args.out, exist_ok=True)
-    for name, make in (("compare", compare), ("trajectory", trajectory)):
-        if getattr(args, name):
-            versions = [(title, data.decode(x, meta, options["device"]), z) for title, x, z in
-                        make(net, y, **options | {"batch_size": len(y)})]
-            run.write_picture(f"{args.out}/{name}.png", image_grid(
-                versions, z_std_of(meta, versions[-1][2]), len(y)))
-            print(f"{args.out}/{name}.png")
+    run.write_picture(f"{args.out}/{name}.png",
+                      image_grid([*above, *versions], meta["z_std"], min(len(y), 10)))
+    print(f"{args.out}/{name}.png")
 
 
-def z_std_of(meta, z):
-    """The deviations (r,) of the data's z; published weights do not tell them: the samples'."""
-    return None if z is None else meta["z_std"] or np.std(np.asarray(z), (0, 2, 3)).tolist()
+def read_given(args, net, metadata, device):
+    """--z_from's images uint8 (n, H, W, 3); their z (n, r, H, W), on x's grid; classes y (n,) to
+    sample, n_classes where none are known. UserError if the network's z are others."""
+    meta, names = metadata["meta"], args.z_from
+    if not (net.r and meta.get("encoders")):
+        raise UserError(f"--z_from needs a model of z whose encoder is known; {args.ckpt} is none")
+    folder, _, rows = names[0].rpartition(":")
+    of_rows = len(names) == 1 and os.path.isdir(folder)
+    dataset = data.open_data(folder if of_rows else metadata["settings"]["data"], net.r)
+    for key in ("encoders", "z_std", "z_size", "x_size"):
+        wanted, found = (run.one_line(each[key]) for each in (meta, dataset.meta))
+        if wanted != found:
+            raise UserError(f"--z_from: {dataset.folder} has {key} {found}; {args.ckpt} was trained "
+                            f"with {wanted}")
+    if of_rows:
+        with run.blamed_on(f"--z_from {names[0]}", f"rows are 0 to {dataset.n - 1}"):
+            x, z, y, _ = dataset.unpack(dataset.read([run.natural(row) for row in rows.split(",")]))
+        images = data.decode(x, dataset.meta, device)
+    else:
+        images, z = data.encode_images(names, dataset, device)
+    if args.labels:
+        y = choose_labels(args.labels, len(z), net.n_classes, args.seed)
+    elif not (of_rows and net.n_classes):
+        y = torch.full((len(z),), net.n_classes)
+    return images, z, y
 
 
 def make_samples(net, y, meta, args, options, settings):
     """samples.npz and the pictures in args.out, from parts that a killed run left or makes."""
-    n, rank = len(y), run.rank_and_count()[0]
-    with run.locked(args.out):
+    out, n, rank, size = args.out, len(y), run.rank_and_count()[0], options["batch_size"]
+    names = ["arr_0"] + ["y"] * (net.n_classes > 0) + ["z"] * args.save_z
+    with run.locked(out):
         if not run.share(rank == 0 and is_finished(args, settings)):
-            key = json.dumps([settings, options["batch_size"], args.n_sheet]).encode()
-            parts = run.Parts(f"{args.out}/parts_{hashlib.sha256(key).hexdigest()[:12]}",
-                              -(-n // options["batch_size"]), "npz")
+            key = hashlib.sha256(json.dumps([settings, size]).encode()).hexdigest()[:12]
+            parts = run.Parts(f"{out}/parts_{key}", -(-n // size), "npz")
             if rank == 0 and run.begins_anew(args):        # continues without --restart, if killed
-                shutil.rmtree(parts.folder, ignore_errors=True)
+                for folder in glob.glob(f"{glob.escape(out)}/parts_*"):
+                    shutil.rmtree(folder, ignore_errors=True)
                 with contextlib.suppress(FileNotFoundError):
-                    os.remove(f"{args.out}/samples.json")
+                    os.remove(f"{out}/samples.json")
             run.gather(None)
-            make_parts(parts, net, y, meta, n if args.save_z else args.n_sheet, **options)
+            make_parts(parts, net, y, meta, **options)
             if rank == 0:
-                images, *z = (np.concatenate([*rows_of(parts, name, min(n, args.n_sheet))])
-                              for name in ["images", "z"][:1 + bool(net.r)])
-                z = z[0] if z else None
-                run.write_picture(f"{args.out}/sheet.png", image_grid(
-                    [("", images, z)], z_std_of(meta, z)))
-                write_samples(f"{args.out}/samples.npz", parts, n,
-                              y.numpy() if net.n_classes else None, args.save_z)
-                run.write_json(f"{args.out}/samples.json", {"settings": settings, "made_with": {
+                first = [dict(np.load(path)) for path in parts.paths[:-(-args.n_sheet // size)]]
+                images, z, y = (np.concatenate([part[name] for part in first])[:args.n_sheet]
+                                if name in first[0] else None for name in ("arr_0", "z", "y"))
+                run.write_picture(f"{out}/sheet.png", sheet(
+                    images, z, y, meta.get("classes") or range(net.n_classes), meta["z_std"]))
+                write_npz(f"{out}/samples.npz", parts, names, n)
+                run.write_json(f"{out}/samples.json", {"settings": settings, "made_with": {
                     "device": str(options["device"]), "torch": torch.__version__,
                     "compile": args.compile, "processes": run.rank_and_count()[1]}})
                 shutil.rmtree(parts.folder)
         if rank == 0 and args.png:
-            write_pngs(np.load(f"{args.out}/samples.npz")["arr_0"], f"{args.out}/png")
+            write_pngs(np.load(f"{out}/samples.npz")["arr_0"], f"{out}/png")
         run.end()
     if rank == 0:
-        print(f"{n} images of {args.ckpt} ({settings['ckpt']}): {args.out}/sheet.png and "
-              f"{args.out}/samples.npz{' and png/' * args.png}")
+        print(f"{n} images of {args.ckpt} ({settings['ckpt']}), labels {settings['labels']}: "
+              f"{out}/sheet.png and {out}/samples.npz{' and png/' * args.png}")
 
 
 def main(args):
@@ -456,73 +556,32 @@ def main(args):
     check_guidance(metadata, args)
     if args.save_z and not net.r:
         raise UserError(f"--save_z: {args.ckpt} makes no features, it is of --fusion none")
-    y = choose_labels(args.labels, args.n_samples, config["n_classes"], args.seed)
+    labels = args.labels or ("balanced" if net.n_classes else "random")
+    y = choose_labels(labels, args.n_samples, net.n_classes, args.seed)
     device = run.begin(args, days=7)                       # until the slowest has made its share
     vae = vae_for(args, metadata, device)
     options = {"steps": steps, "solver": solver} | {name: getattr(args, name) for name in (
         "seed", "bf16", "w_cfg", "w_r", "cfg_on", "rg_on", "cfg_interval")}
-    settings = options | {                                 # what decides samples.npz
+    settings = options | {                                 # what decides the files in --out
         "ckpt": f"{config['name']} {pretrained.weights_hash(net)[:16]}", "n_samples": len(y),
-        "labels": args.labels, "vae": vae and f"{vae.kind} {vae.weights[:16]}",
-        "save_z": args.save_z}
+        "labels": labels, "n_sheet": args.n_sheet, "save_z": args.save_z,
+        "vae": vae and f"{vae.kind} {vae.weights[:16]}"}
     options |= {"device": device, "batch_size": args.batch_size or min(len(y), 64)}
     net = net.to(device)
     if args.compile:
         for block in net.blocks:                                 # one block's code serves all
             block.compile(dynamic=False)
-    if not (args.compare or args.trajectory):
+    if not (args.compare or args.trajectory or args.z_from):
         make_samples(net, y, meta, args, options, settings)
     elif run.rank_and_count()[0] == 0:
-        show(net, y, meta, args, options)
-
-
-def interval(text):
-    """argparse's type of --cfg_interval."""
-    lo, hi = map(float, text.split(","))
-    if not 0 <= lo <= hi <= 1:
-        raise ValueError
-    return [lo, hi]
-
-
-def parser():
-    p = run.Parser(description=__doc__)
-    p.flag("ckpt", "out/ckpt.pt", "checkpoint of train.py; a file that the authors of ReDi, SiT or "
-                                  "DiT publish; or the hub repository that holds it, as OWNER/NAME")
-    p.add_argument("--model", choices=model.NAMES, metavar="NAME",
-                   help="what it is, such as DiT-XL/2: needed for published weights of plain DiT "
-                        "and SiT, which look alike (default: as the weights say)")
-    p.flag("out", "samples", "output folder", metavar="DIR")
-    p.switch("restart", False, "begin anew, and replace the samples in --out")
-    p.flag("n_samples", 60, "number of images", type=run.count)
-    p.flag("n_sheet", 60, "how many of them sheet.png shows at most", type=run.count)
-    p.switch("save_z", False, "the generated features too, in samples.npz")
-    p.switch("png", False, "the images as files too, png/000000.png and on")
-    p.switch("compare", False, "instead, compare.png: the first --n_sheet images, 10 at most, "
-                               "without guidance, with --w_cfg, with --w_r and with both")
-    p.switch("trajectory", False, "instead, trajectory.png: what the network takes for the clean "
-                                  "image and features on the way from noise to data")
-    p.add_argument("--batch_size", type=run.count,
-                   help="images a batch (default: --n_samples, at most 64)")
-    p.flag("seed", 0, "image i is a function of (seed, i)", type=run.natural)
-    p.flag("labels", "random", "random, balanced, or classes N,N,... that are cycled")
-    p.add_argument("--solver", choices=[name for solvers in SOLVERS.values() for name in solvers],
-                   help="for SiT sde (Euler-Maruyama, the default), euler or heun (ODE); for DiT "
-                        "ddpm (the default) or ddim")
-    p.add_argument("--steps", type=run.count, help="sampling steps, network calls per image (NFE) "
-                   "(default: the training run's --sample_steps: 250, for digits 40)")
-    p.add_argument("--vae", help="VAE that decodes, hub name or local folder (default: the one "
-                                 "that made the training data)")
-    p.flag("w_cfg", 1.0, "weight of classifier-free guidance, the cfg_scale of others; 1 is off",
-           type=run.finite)
-    p.flag("w_r", 1.0, "weight of representation guidance; 1 is off", type=run.finite)
-    p.flag("cfg_on", "x", "what w_cfg guides: x, or x and z", choices=["x", "both"])
-    p.flag("rg_on", "x", "what w_r guides: x, or x and z", choices=["x", "both"])
-    p.add_argument("--cfg_interval", type=interval, default=[0.0, 1.0], metavar="LO,HI",
-                   help="times, 0 is noise and 1 data, between which w_cfg acts; elsewhere its "
-                        "term is not computed (default: 0,1: always)")
-    p.device_flags()
-    return p
+        y = y[:min(args.n_sheet, 10)]
+        for name, make in (("compare", compare), ("trajectory", trajectory)):
+            if getattr(args, name):
+                show(name, make, net, y, meta, args, options)
+        if args.z_from:
+            images, z, y = read_given(args, net, metadata, device)
+            show("variations", variations, net, y, meta, args, options, [("given", images, z)], z=z)
 
 
 if __name__ == "__main__":
-    run.run_cli(record(main), parser().parse_args())
+    run.run_cli(record(main), args)

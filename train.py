@@ -3,13 +3,15 @@
     python train.py                                         # SiT-T/2 on digits, in minutes
     torchrun --nproc_per_node=8 train.py --model SiT-XL/2   # the paper's, on prepared/imagenet256
 
-Writes DIR/ckpt.pt (the one before it is ckpt_prev.pt), log.jsonl, preview sheets and, at the end,
-sheet.png and results.json. Started again with the same --out it continues from ckpt.pt; SIGTERM and
-Ctrl-C save first.
+Writes DIR/ckpt.pt (the one before it is ckpt_prev.pt), log.jsonl and its curves loss.png, preview
+sheets and, at the end, sheet.png and results.json. Started again with the same --out it continues
+from ckpt.pt; SIGTERM and Ctrl-C save first.
 """
 import argparse
 import contextlib
 import copy
+import datetime
+import functools
 import glob
 import json
 import math
@@ -24,8 +26,6 @@ from run import UserError
 
 REPA_WEIGHT = 0.5                                            # REPA's own
 ENCODER_DEPTH = {"T": 2, "S": 4, "B": 4, "L": 8, "XL": 8}    # blocks before REPA's loss; XL: REPA's
-OF_THE_MACHINE = ("out", "restart", "device", "bf16", "compile", "grad_checkpointing",
-                  "micro_batch_size", "workers")             # flags that bind no one who continues
 
 
 class Setting(typing.NamedTuple):
@@ -33,7 +33,7 @@ class Setting(typing.NamedTuple):
     paper: object                       # ReDi's and SiT's values, and our choices
     digits: object                      # of size T on digits; None: the paper's
     kind: object                        # argparse's type
-    fixed: bool                         # a checkpoint decides it for good
+    fixed: bool                         # who continues a run may not change it
     meaning: str
 
 
@@ -43,7 +43,8 @@ SETTINGS = {
     "fusion": Setting("merged", None, str, True,
                       "how z joins x: none (plain DiT/SiT), merged or separate tokens"),
     "unconditional": Setting(False, None, bool, True, "ignore the classes"),
-    "data": Setting("prepared/imagenet256", "digits", str, True, "digits, or a prepared folder"),
+    "data": Setting("prepared/imagenet256", "digits", str, False,
+                    "digits, or a prepared folder; to continue a run it may have moved"),
     "z_channels": Setting(8, 4, run.natural, True, "r, the PCA components of the features used"),
     "lam_z": Setting(1.0, None, run.weight, True, "weight of z's loss; 0 is off"),
     "repa": Setting(0.0, None, run.weight, True,
@@ -56,8 +57,9 @@ SETTINGS = {
     "lr": Setting(1e-4, 3e-3, run.positive, True, "AdamW's learning rate, constant"),
     "ema": Setting(0.9999, 0.995, run.share_of_one, True,
                    "decay per step of the averaged weights, ramped up from 0.1; 0 is off"),
-    "init": Setting(None, None, str, True, "start from these weights: a checkpoint of train.py, or "
-                                           "what the authors of ReDi, SiT or DiT publish"),
+    "init": Setting(None, None, str, False,
+                    "start from these weights: a checkpoint of train.py, or what the authors of "
+                    "ReDi, SiT or DiT publish; who continues does not need them"),
     "seed": Setting(0, None, run.natural, True, "of initial weights, data order and all noise"),
     "steps": Setting(400_000, 1_400, run.count, False, "optimizer steps in all"),
     "grad_clip": Setting(0.0, None, run.weight, False, "largest gradient norm; 0 is off"),
@@ -90,6 +92,8 @@ def parser():
     p.flag("workers", 4, "threads that load the next batches", type=run.count)
     p.switch("grad_checkpointing", False, "compute activations twice instead of keeping them: less "
                                           "memory, a third more work")
+    p.switch("judge", True, "at the end, compare 1,000 generated digits with real ones; of other "
+                            "data nothing is measured")
     p.device_flags()
     return p
 
@@ -169,71 +173,35 @@ def sample_noise(seed, step, batch_size, mine, net, from_vae=False):
     process draws its own samples alone, and how many processes there are changes nothing.
     """
     seeds = run.seeds(seed, "draws", step, batch_size)[mine]
-    u = torch.empty(len(seeds), 3)
-    eps_x, eps_vae, eps_z = (torch.empty(len(seeds), channels, net.x_size, net.x_size)
-                             for channels in (net.x_channels, net.x_channels * from_vae, net.r))
+    channels = {"eps_x": net.x_channels, "eps_vae": net.x_channels * from_vae, "eps_z": net.r}
+    noise = {"u": torch.empty(len(seeds), 3)} | {            # x's first: the same for every fusion
+        name: torch.empty(len(seeds), n, net.x_size, net.x_size) for name, n in channels.items()}
     generator = torch.Generator()
     for i, of_sample in enumerate(seeds):
         generator.manual_seed(of_sample)
-        torch.rand(3, generator=generator, out=u[i])
-        for eps in (eps_x, eps_vae, eps_z):                  # x's first: the same for every fusion
-            torch.randn(eps.shape[1:], generator=generator, out=eps[i])
-    return {"u": u, "eps_x": eps_x, "eps_vae": eps_vae, "eps_z": eps_z}
-
-
-SUMS = ("n", "kept", "loss", "loss_x", "loss_z", "loss_repa", *(f"loss_q{q}" for q in range(4)),
-        *(f"n_q{q}" for q in range(4)), "grad_norm")
-
-
-@torch.no_grad()
-def tally(losses):
-    """What a batch of JointLoss's losses adds to the log's SUMS, but for the gradient norm: (14,).
-    Quarter 0 of the time is the noisiest. NaN and infinity stay in the sums."""
-    loss = losses["loss"]
-    in_quarter = F.one_hot((4 * losses["time"]).long().clamp(max=3), 4).to(loss.dtype)    # (B, 4)
-    totals = [torch.ones_like(loss), losses["kept"].to(loss.dtype), loss, losses["loss_x"],
-              losses["loss_z"], losses["loss_repa"]]
-    return torch.cat([torch.stack(totals).sum(1), in_quarter.T @ loss, in_quarter.sum(0)])
-
-
-def log_entry(step, sums, settings, images_per_s, waited):
-    """A line of log.jsonl. Losses are means since the last line; loss_z over the samples that kept
-    z; loss_q0..q3 the joint loss by quarter of t (null where no sample fell); grad_norm before
-    clipping; waited_percent the share of time in which the next batch was not there yet."""
-    sums = dict(zip(SUMS, sums.tolist()))
-    n = sums["n"]
-    entry = {"step": step, "loss": sums["loss"] / n, "loss_x": sums["loss_x"] / n}
-    if settings["fusion"] != "none":
-        entry["loss_z"] = sums["loss_z"] / sums["kept"] if sums["kept"] else None
-    if settings["repa"]:
-        entry["loss_repa"] = sums["loss_repa"] / n
-    for q in range(4):
-        entry[f"loss_q{q}"] = sums[f"loss_q{q}"] / sums[f"n_q{q}"] if sums[f"n_q{q}"] else None
-    return entry | {"grad_norm": sums["grad_norm"] / n, "images_per_s": round(images_per_s, 1),
-                    "waited_percent": round(100 * waited, 1)}
+        for name, part in noise.items():
+            draw = torch.rand if name == "u" else torch.randn
+            draw(part.shape[1:], generator=generator, out=part[i])
+    return noise
 
 
 class Trainer:
-    """A run but for its loop: data, networks, optimizer. args: the flags OF_THE_MACHINE;
-    checkpoint: where to continue, or None. UserError if that does not fit."""
+    """A run but for its loop: data, networks, optimizer, steps. args: the flags that are no
+    SETTINGS; checkpoint: where to continue, or None. UserError if that does not fit."""
     def __init__(self, settings, args, device, checkpoint=None):
         rank, n_processes = run.rank_and_count()
         self.settings, self.args, self.device = settings, args, device
         self.dataset = data.open_data(settings["data"], settings["z_channels"],
                                       settings["repa"] > 0)
         meta = self.meta = self.dataset.meta
-        self.config = {
-            "name": settings["model"], "fusion": settings["fusion"], "r": settings["z_channels"],
-            "n_classes": 0 if settings["unconditional"] else len(meta["classes"]),
-            "x_channels": meta["x_channels"], "x_size": meta["x_size"]}
-        if checkpoint and (checkpoint["config"] != self.config or checkpoint["meta"] != meta):
-            raise UserError(f"{settings['data']} is not the data that {args.out} was trained on, "
-                            "its meta.json differs; choose another --out, or --restart")
         self.n = settings["batch_size"] // n_processes               # this process's of a batch
         self.mine = slice(rank * self.n, (rank + 1) * self.n)
         torch.manual_seed(settings["seed"])                          # for the initial weights alone
         try:
-            net = self.net = model.build(**self.config)
+            net = self.net = model.build(
+                settings["model"], settings["fusion"], settings["z_channels"],
+                0 if settings["unconditional"] else len(meta["classes"]), meta["x_channels"],
+                meta["x_size"])
             self.loss = JointLoss(net, settings, meta["d"] * (settings["repa"] > 0))
             if settings["init"] and not checkpoint:
                 init, _ = pretrained.load_model(settings["init"], settings["model"])
@@ -241,11 +209,20 @@ class Trainer:
         except ValueError as error:
             raise UserError(f"--init {settings['init']}: {error}" if settings["init"] else
                             str(error)) from None
+        if checkpoint:                           # what the data are binds it, not where they lie
+            before, now = checkpoint["meta"] | checkpoint["config"], meta | net.config
+            differ = [name for name in [*net.config, "sha256", "scale", "shift", "classes"]
+                      if before.get(name) != now[name]]
+            if differ:
+                raise UserError(
+                    f"{self.dataset.folder} is not the data that {args.out} was trained on, "
+                    f"{', '.join(differ)} differ: copy that folder from the machine where the run "
+                    "began, or give its place with --data; or choose another --out")
         self.ema = copy.deepcopy(net).eval().requires_grad_(False).to(device)
         self.params = list(self.loss.to(device).parameters())
         self.optimizer = torch.optim.AdamW(self.params, lr=settings["lr"], betas=(0.9, 0.999),
                                            weight_decay=0, fused=True)
-        self.step, self.sums, self.tallies = 0, np.zeros(len(SUMS)), []
+        self.step, self.sums, self.tallies = 0, np.zeros((2, len(LOGGED))), []
         if checkpoint:
             self.step = checkpoint["step"]
             for name, part in self.parts().items():      # copied: AdamW would use the file's pages
@@ -261,18 +238,6 @@ class Trainer:
         if n_processes > 1:
             self.parallel = DistributedDataParallel(self.loss, broadcast_buffers=False,
                                                     gradient_as_bucket_view=True)
-
-    def parts(self):
-        """What has a state to save, by its name in a checkpoint."""
-        parts = {"net": self.net, "ema": self.ema, "optimizer": self.optimizer}
-        return parts | ({"projector": self.loss.projector} if self.loss.projector else {})
-
-    def state(self):
-        """A checkpoint, as pretrained.load_checkpoint describes it."""
-        machine = {name: getattr(self.args, name) for name in OF_THE_MACHINE}
-        return {"config": self.config, "settings": self.settings, "machine": machine,
-                "meta": self.meta, "step": self.step, "sums": self.sums.tolist()} | {
-                    name: part.state_dict() for name, part in self.parts().items()}
 
     def load_batch(self, step):
         """This process's part of a step: rows of the data, as they are stored, and noise, on the
@@ -301,87 +266,115 @@ class Trainer:
                                                part["eps_vae"])
                     losses = self.parallel(*xzyf, part["u"], part["eps_x"], part["eps_z"])
                 (losses["loss"].sum() / self.n).backward()
-            self.tallies.append(F.pad(tally(losses), (0, 1)))
+            self.tallies.append(tally(losses))
         norm = nn.utils.get_total_norm([param.grad for param in self.params])
         if self.settings["grad_clip"]:
             nn.utils.clip_grads_with_norm_(self.params, self.settings["grad_clip"], norm)
-        self.tallies[-1][-1] = self.n * norm
+        self.tallies[-1][:, -1] = torch.stack([norm, torch.ones_like(norm)])
         self.optimizer.step()
         update_ema(self.ema, self.net, self.settings["ema"], self.step)
         self.step += 1
 
     def total_sums(self):
-        """SUMS over all processes since the last line of the log, which rank 0 keeps. UserError if
-        a loss or a gradient was not finite."""
+        """tally()'s over all processes and steps since the last line of the log, kept by rank 0.
+        UserError if a loss or a gradient was not finite."""
         if self.tallies:
             self.sums += torch.stack(self.tallies).cpu().numpy().astype(np.float64).sum(0)
             self.tallies.clear()
         total = sum(run.gather(self.sums))
         self.sums = total * (run.rank_and_count()[0] == 0)
         if not np.isfinite(total).all():
-            every = self.settings["log_every"]
-            first = self.step - (self.step - 1) % every
+            first = self.step - (self.step - 1) % self.settings["log_every"]
             raise UserError(
                 f"the loss or its gradient became NaN or infinite in steps {first} to {self.step}; "
                 "no checkpoint has it. Look with --log_every 1; continue with --grad_clip 1 or "
                 "--no-bf16, or start over with a lower --lr")
         return total
 
+    def parts(self):
+        """What has a state to save, by its name in a checkpoint."""
+        parts = {"net": self.net, "ema": self.ema, "optimizer": self.optimizer}
+        return parts | ({"projector": self.loss.projector} if self.loss.projector else {})
 
-def save(path, content):
-    """torch.save, whole or not at all."""
-    run.write_whole(path, lambda file: torch.save(content, file))
-
-
-def save_checkpoint(out, checkpoint):
-    """out/ckpt.pt; what was there becomes ckpt_prev.pt."""
-    path, new = f"{out}/ckpt.pt", f"{out}/ckpt_new.pt"
-    save(new, checkpoint)
-    if os.path.exists(path):
-        os.replace(path, f"{out}/ckpt_prev.pt")
-    os.replace(new, path)
+    def state(self):
+        """A checkpoint, as pretrained.load_checkpoint describes it."""
+        return {"config": self.net.config, "settings": self.settings, "meta": self.meta,
+                "step": self.step, "sums": self.sums.tolist()} | {
+                    name: part.state_dict() for name, part in self.parts().items()}
 
 
-def newest_checkpoint(out):
-    """The path of the newest whole checkpoint in out, None if there is none. One that is damaged is
-    named, and becomes ckpt.pt.damaged if the one before it is whole. UserError if that is not."""
-    path, before, damage = f"{out}/ckpt.pt", f"{out}/ckpt_prev.pt", None
-    if os.path.exists(path):
-        try:
-            pretrained.load_checkpoint(path)
-            return path
-        except UserError as error:
-            if not os.path.exists(before):
-                raise
-            damage = error
-    if not os.path.exists(before):                       # else the run was killed while it saved
-        return None
-    step = pretrained.load_checkpoint(before)["step"]
-    if damage:
-        print(f"{damage}: continuing from that, step {step}", file=sys.stderr)
-        os.replace(path, f"{path}.damaged")
-    return before
+LOGGED = ("loss", "loss_x", "loss_z", "loss_repa", *(f"loss_q{q}" for q in range(4)), "grad_norm")
 
 
-def truncate_log(path, step):
-    """Drop what a killed run logged after its checkpoint of that step, and a torn last line."""
-    if os.path.exists(path):
-        with open(path, "rb") as file:
-            whole = [line for line in file if line.endswith(b"\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        run.write_whole(path, lambda file: file.writelines(kept))
+@torch.no_grad()
+def tally(losses):
+    """(2, 9): sums of what is LOGGED over JointLoss's losses of a batch, and over how many samples
+    each is; of the gradient's norm nothing yet. NaN and infinity stay in the sums."""
+    loss, kept = losses["loss"], losses["kept"].to(losses["loss"].dtype)
+    every, none = torch.ones_like(loss), torch.zeros_like(loss)
+    in_quarter = F.one_hot((4 * losses["time"]).long().clamp(max=3), 4).to(loss.dtype).T  # (4, B)
+    values = [loss, losses["loss_x"], losses["loss_z"], losses["loss_repa"], *(in_quarter * loss)]
+    counts = [every, every, kept, every, *in_quarter]
+    return torch.stack([*values, none, *counts, none]).sum(1).view(2, -1)
 
 
-def preview(trainer, path, rows=4):
-    """Save a sheet of samples from the EMA, from the same noise at every call; up to ten classes,
-    one a column."""
-    ema, settings, meta = trainer.ema, trainer.settings, trainer.meta
-    columns = min(ema.n_classes, 10) or 10
-    y = data.classes_in_turn(columns * rows, min(ema.n_classes, 10))
-    x, z = sample.generate(ema, y, settings["sample_steps"], batch_size=columns * rows // 2,
-                           device=trainer.device, bf16=trainer.args.bf16)
-    images = data.decode(x, meta, trainer.device)
-    run.write_picture(path, sample.image_grid([("", images, z)], meta["z_std"], columns))
+def log_entry(step, sums, settings, images_per_s, waited):
+    """A line of log.jsonl. Losses are means since the last line; loss_z over the samples that kept
+    z; loss_q0..q3 the joint loss by quarter of t, 0 the noisiest (null where no sample fell);
+    grad_norm before clipping; waited_percent the share of time in which the next batch was not
+    there yet."""
+    absent = {"loss_z": settings["fusion"] == "none", "loss_repa": not settings["repa"]}
+    return {"step": step} | {name: value / count if count else None
+                             for name, value, count in zip(LOGGED, *sums.tolist())
+                             if not absent.get(name)} | {
+        "images_per_s": round(images_per_s, 1), "waited_percent": round(100 * waited, 1)}
+
+
+def train(trainer, out):
+    """To settings["steps"], with checkpoints, previews and log lines in out. Returns the signal
+    that ended it before, or None."""
+    settings, first, rank = trainer.settings, trainer.step, run.rank_and_count()[0]
+    steps, log_every = settings["steps"], min(settings["log_every"], settings["steps"])
+    clock, logged, waited = time.perf_counter(), first, 0.0          # when and where the log stands
+    batches = run.prefetch(trainer.load_batch, range(first, steps), trainer.args.workers)
+    with noted_signals() as signals, contextlib.closing(batches), tqdm(
+            total=steps, initial=first, unit="step", disable=rank > 0, mininterval=1) as bar:
+        for step in range(first + 1, steps + 1):
+            waiting = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - waiting
+            trainer.training_step(batch)
+            bar.update()
+            stop_requested = any(run.gather(bool(signals)))
+
+            if rank == 0 and step == first + 10 < steps:
+                trainer.tallies[-1].tolist()                         # a GPU may be behind
+                pace = (time.perf_counter() - clock) / (step - logged)
+                left = datetime.timedelta(seconds=round(pace * (steps - step)))
+                bar.write(f"the other {steps - step:,} steps take about {left} at this speed")
+            if step % log_every == 0:
+                sums, seconds = trainer.total_sums(), time.perf_counter() - clock
+                if rank == 0:
+                    speed = (step - logged) * settings["batch_size"] / seconds
+                    entry = log_entry(step, sums, settings, speed, waited / seconds)
+                    with open(f"{out}/log.jsonl", "a") as file:
+                        file.write(json.dumps(entry) + "\n")
+                    bar.set_postfix_str(f"loss {entry['loss']:.4f}")
+                trainer.sums[:] = 0
+            if step % log_every == 0 or step == first + 1:           # the first one compiles
+                clock, logged, waited = time.perf_counter(), step, 0.0
+
+            paused = time.perf_counter()
+            keep = settings["keep_every"] > 0 and step % settings["keep_every"] == 0
+            if stop_requested or step == steps or keep or step % settings["ckpt_every"] == 0:
+                trainer.total_sums()                                 # are they finite?
+                if rank == 0:
+                    save_checkpoint(out, trainer.state(), keep)
+            if stop_requested and step < steps:
+                return (signals or [signal.SIGTERM])[0]
+            if rank == 0 and step % settings["preview_every"] == 0 and step < steps:
+                preview(trainer, out, f"sheet_{step:07d}.png")
+            clock += time.perf_counter() - paused
 
 
 @contextlib.contextmanager
@@ -402,60 +395,89 @@ def noted_signals():
             signal.signal(number, handler)
 
 
-def train(trainer, out):
-    """To settings["steps"], with checkpoints, previews and log lines in out. Returns the signal
-    that ended it before, or None."""
-    settings, first, rank = trainer.settings, trainer.step, run.rank_and_count()[0]
-    steps, log_every = settings["steps"], min(settings["log_every"], settings["steps"])
-    clock, logged, waited = time.perf_counter(), first, 0.0          # when and where the log stands
-    batches = run.prefetch(trainer.load_batch, range(first, steps), trainer.args.workers)
-    with noted_signals() as signals, contextlib.closing(batches), tqdm(
-            total=steps, initial=first, unit="step", disable=rank > 0, mininterval=1) as bar:
-        stop_requested = False
-        while True:
-            step, paused = trainer.step, time.perf_counter()
-            ending = stop_requested or step >= steps
-            keep = settings["keep_every"] > 0 and step % settings["keep_every"] == 0
-            if step > first and (ending or keep or step % settings["ckpt_every"] == 0):
-                trainer.total_sums()                                 # are they finite?
-                if rank == 0:
-                    checkpoint = trainer.state()
-                    if keep:                                         # first, or a kill skips it
-                        save(f"{out}/ema_{step:07d}.pt",
-                             {name: checkpoint[name] for name in pretrained.SNAPSHOT})
-                    save_checkpoint(out, checkpoint)
-            if ending:
-                return (signals or [signal.SIGTERM])[0] if step < steps else None
-            if rank == 0 and step > first and step % settings["preview_every"] == 0:
-                try:
-                    preview(trainer, f"{out}/sheet_{step:07d}.png")
-                except UserError as error:                           # no VAE: no reason to stop
-                    bar.write(f"no preview: {error}")
-            clock += time.perf_counter() - paused
+def save_checkpoint(out, checkpoint, keep):
+    """out/ckpt.pt, whole or not at all; what was there becomes ckpt_prev.pt. keep: ema_STEP.pt too,
+    and first, or a kill would skip it."""
+    def save(name, content):
+        run.write_whole(f"{out}/{name}", lambda file: torch.save(content, file))
 
-            waiting = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - waiting
-            trainer.training_step(batch)
-            bar.update()
-            stop_requested = any(run.gather(bool(signals)))
+    if keep:
+        save(f"ema_{checkpoint['step']:07d}.pt",
+             {name: checkpoint[name] for name in pretrained.SNAPSHOT})
+    save("ckpt_new.pt", checkpoint)
+    if os.path.exists(f"{out}/ckpt.pt"):
+        os.replace(f"{out}/ckpt.pt", f"{out}/ckpt_prev.pt")
+    os.replace(f"{out}/ckpt_new.pt", f"{out}/ckpt.pt")
 
-            if trainer.step % log_every == 0:
-                sums, seconds = trainer.total_sums(), time.perf_counter() - clock
-                if rank == 0:
-                    speed = (trainer.step - logged) * settings["batch_size"] / seconds
-                    entry = log_entry(trainer.step, sums, settings, speed, waited / seconds)
-                    with open(f"{out}/log.jsonl", "a") as file:
-                        file.write(json.dumps(entry) + "\n")
-                    bar.set_postfix_str(f"loss {entry['loss']:.4f}")
-                trainer.sums[:] = 0
-                clock, logged, waited = time.perf_counter(), trainer.step, 0.0
+
+def newest_checkpoint(out):
+    """The path of the newest whole checkpoint in out, None if there is none. One that is damaged is
+    named, and becomes ckpt.pt.damaged if the one before it is whole. UserError if that is not."""
+    found = [path for path in (f"{out}/ckpt.pt", f"{out}/ckpt_prev.pt") if os.path.exists(path)]
+    try:
+        if found:
+            pretrained.load_checkpoint(found[0])
+    except UserError as error:
+        if len(found) < 2:
+            raise
+        step = pretrained.load_checkpoint(found[1])["step"]
+        print(f"{error}: continuing from that, step {step}", file=sys.stderr)
+        os.replace(found[0], f"{found[0]}.damaged")
+        return found[1]
+    return found[0] if found else None
+
+
+def truncate_log(path, step):
+    """Drop what a killed run logged after its checkpoint of that step, and a torn last line."""
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            whole = [line for line in file if line.endswith(b"\n")]
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        run.write_whole(path, lambda file: file.writelines(kept))
+
+
+say_once = functools.cache(tqdm.write)                   # beside the progress bar
+
+
+def preview(trainer, out, name, rows=4):
+    """Save a sheet of samples from the EMA, from the same noise at every call, up to ten classes,
+    one a column; and the log's curves. What cannot be drawn it says: no reason to stop."""
+    ema, settings, meta = trainer.ema, trainer.settings, trainer.meta
+    columns = min(ema.n_classes, 10) or 10
+    y = data.classes_in_turn(columns * rows, min(ema.n_classes, 10))
+    x, z = sample.generate(ema, y, settings["sample_steps"], batch_size=columns * rows // 2,
+                           device=trainer.device, bf16=trainer.args.bf16)
+    try:
+        images = data.decode(x, meta, trainer.device)
+        run.write_picture(f"{out}/{name}",
+                          sample.image_grid([("", images, z)], meta["z_std"], columns))
+    except UserError as error:
+        say_once(f"no {name}: {error}")
+    if os.path.exists(f"{out}/log.jsonl"):
+        draw_log(out, ["loss_x", *["loss_z"] * (ema.r > 0), "images_per_s"])
+
+
+def draw_log(out, names):
+    """loss.png: what log.jsonl has of these names, over steps."""
+    try:
+        from matplotlib.figure import Figure             # no dependency of ours
+    except ImportError:
+        return say_once("no loss.png, it needs matplotlib: pip install matplotlib")
+    with open(f"{out}/log.jsonl") as file:
+        log = [json.loads(line) for line in file]
+    figure = Figure(layout="constrained")
+    for axes, name in zip(figure.subplots(len(names), sharex=True), names):
+        points = [(line["step"], line[name]) for line in log if line[name] is not None]
+        axes.plot(*zip(*points), marker=".")
+        axes.set_ylabel(name)
+    axes.set_xlabel("step")
+    run.write_whole(f"{out}/loss.png", lambda file: figure.savefig(file, format="png"))
 
 
 def finish(trainer, out, n_judged=1_000):
     """The closing sheet and, last, results.json: for digits with metrics of generated ones."""
     results = {"step": trainer.step}
-    if trainer.meta["name"] == "digits":
+    if trainer.args.judge and trainer.meta["name"] == "digits":
         import fid                           # brings scikit-learn: not before it is used
         y = data.classes_in_turn(n_judged, trainer.ema.n_classes)
         x, _ = sample.generate(trainer.ema, y, trainer.settings["sample_steps"], batch_size=125,
@@ -463,11 +485,8 @@ def finish(trainer, out, n_judged=1_000):
         metrics = fid.judge_digits(data.to_images(x), y.numpy() if trainer.ema.n_classes else None)
         print("\n".join(f"{name:36s} {value:.2f}" for name, value in metrics.items()))
         results |= {"n_images": n_judged} | metrics
-    try:
-        preview(trainer, f"{out}/sheet.png")
-        print(f"{out}/sheet.png: generated images above their feature maps")
-    except UserError as error:                           # no VAE: nothing is lost
-        print(f"{out}/ckpt.pt is complete, but there is no sheet.png: {error}")
+    preview(trainer, out, "sheet.png")
+    print(f"{out} is complete: ckpt.pt, log.jsonl, results.json and pictures")
     run.write_json(f"{out}/results.json", results)
 
 
@@ -482,28 +501,35 @@ def resolve(args, checkpoint=None):
     """All settings of a run: flags that were given, then the checkpoint's, then the table's.
     UserError for flags that contradict each other or the checkpoint."""
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    stored = checkpoint["settings"] if checkpoint else {}
+    unknown = [name for name in stored if name not in SETTINGS]
+    if unknown:
+        raise UserError(f"{args.out} was trained with {', '.join(unknown)}, which this code does "
+                        "not know: take the code that began it, or choose another --out")
     if checkpoint:
-        stored = checkpoint["settings"]
-        for name in given:
-            if SETTINGS[name].fixed and given[name] != stored[name]:
-                raise UserError(f"--{name} {given[name]} contradicts the checkpoint's "
-                                f"{stored[name]}; drop the flag, choose another --out, or "
-                                "--restart")
-        return stored | given
-    try:
-        _, size, _ = model.parse_name(given.get("model", SETTINGS["model"].paper))
-    except ValueError as error:
-        raise UserError(f"--model: {error}") from None
-    is_digits = size == "T" and given.get("data", "digits") == "digits"
-    settings = {name: setting.digits if is_digits and setting.digits is not None else setting.paper
-                for name, setting in SETTINGS.items()} | given
+        given.pop("init", None)
+        if not ("data" in given or stored["data"] == "digits" or os.path.isdir(stored["data"])):
+            raise UserError(f"the data of {args.out} are no longer in {stored['data']}: give their "
+                            "new place with --data")
+    chosen = {"model": SETTINGS["model"].paper, "data": "digits"} | stored | given
+    with run.blamed_on(f"--model {chosen['model']}", "the paper's is SiT-XL/2"):
+        _, size, _ = model.parse_name(chosen["model"])
+    is_tiny = size == "T" and (chosen["data"] == "digits" or
+                               data.read_meta(chosen["data"]).get("name") == "digits")
+    settings = {name: setting.digits if is_tiny and setting.digits is not None else setting.paper
+                for name, setting in SETTINGS.items()} | stored
+    for name in given if checkpoint else ():
+        if SETTINGS[name].fixed and given[name] != settings[name]:
+            raise UserError(f"--{name} {given[name]} contradicts the checkpoint's "
+                            f"{settings[name]}; drop the flag, choose another --out, or --restart")
+    settings |= given
     if settings["fusion"] == "none":
         for name in ("z_channels", "lam_z", "p_drop_z"):
-            if name in given:
+            if given.get(name):
                 raise UserError(f"--{name} is about features z, and --fusion none has none; drop "
                                 "one of the two")
         settings |= {"z_channels": 0, "lam_z": 0.0, "p_drop_z": 0.0}
-    if settings["init"] and not os.path.exists(settings["init"]):    # needed at the start alone
+    if settings["init"] and not checkpoint and not os.path.exists(settings["init"]):
         raise UserError(f"--init {settings['init']}: no such file")
     return settings
 
@@ -550,6 +576,8 @@ def main(args):
                   f"{n_processes} process(es) on {device}{' in bfloat16' * args.bf16}"
                   f"{', compiled' * args.compile}, writing {out}\nsettings: "
                   f"{json.dumps(settings)}", flush=True)
+            if path and args.init:
+                print(f"--init {args.init} was not read: {out} continues from its checkpoint")
             truncate_log(f"{out}/log.jsonl", trainer.step)
         ended_by = train(trainer, out)
         run.end()                                          # when rank 0 has saved
