@@ -464,13 +464,14 @@ def write_shard(path, columns, vae=Pixels, skipped=()):
     for name, array in columns.items():
         records[name] = array
         if not np.isfinite(array).all():
-            raise UserError(f"{name} holds NaN or infinity; --no-bf16 may help")
+            raise UserError(f"{name} holds NaN or infinity: are the weights of the VAE or encoder "
+                            "damaged?")
     x_square = mean_square(columns["x"], vae.has_std, vae.scale, vae.shift)
     rms = np.sqrt(x_square.mean())
     if vae.name and len(records) and not 0.5 <= rms <= 2:
-        better = "" if vae.shift else f"; --vae_scale {np.mean(vae.scale) / rms:.4g} makes it 1"
+        better = f"--vae_scale {np.mean(vae.scale) / rms:.4g}" if not vae.shift else "another VAE"
         raise UserError(f"the scaled latents of --vae {vae.name} have RMS {rms:.3g}, and should "
-                        f"have about 1: its scale {vae.scale} is wrong{better}, in another --out")
+                        f"have about 1: take {better}, and another --out")
     run.write_json(path.replace(".npy", ".json"), {
         "n": len(records), "skipped": dict(skipped),
         "shapes": {name: array.shape[1:] for name, array in columns.items()},

@@ -98,7 +98,8 @@ def reading(path):
         raise UserError(
             f"{path} is damaged, or neither a checkpoint of train.py nor weights that the authors "
             f"of ReDi, SiT or DiT publish ({reason})"
-            + f"; the checkpoint before it is {before}" * os.path.exists(before)) from None
+            + f"; the checkpoint before it is {before}"
+            * (os.path.basename(path) == "ckpt.pt" and os.path.exists(before))) from None
 
 
 def read_weights(path, check=True):

@@ -219,7 +219,7 @@ def end():
         torch.distributed.destroy_process_group()
 
 
-def begins_anew(args):
+def restart_requested(args):
     """Whether --restart was given, unless torchrun starts the command again after a failure."""
     return args.restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 

@@ -520,7 +520,7 @@ def make_samples(net, y, meta, args, options, settings):
         if not run.share(rank == 0 and is_finished(args, settings)):
             key = hashlib.sha256(json.dumps([settings, size]).encode()).hexdigest()[:12]
             parts = run.Parts(f"{out}/parts_{key}", -(-n // size), "npz")
-            if rank == 0 and run.begins_anew(args):        # continues without --restart, if killed
+            if rank == 0 and run.restart_requested(args):        # continues without --restart, if killed
                 for folder in glob.glob(f"{glob.escape(out)}/parts_*"):
                     shutil.rmtree(folder, ignore_errors=True)
                 with contextlib.suppress(FileNotFoundError):

@@ -1320,7 +1320,7 @@ def test_other_settings_overwrite_nothing_and_latents_have_rms_1(photos, prepare
     assert content(tmp_path) == {"thesis.tex": b"years of work"}
     better = 1.5 / np.sqrt(np.square(prepared.meta["x_rms"]).mean())     # a scale of RMS 1
     refused(data, preparing(photos, tmp_path / "out", "--vae_scale 9"),
-            f"have RMS .*; --vae_scale {better:.4g} makes it 1")
+            f"have RMS .*: take --vae_scale {better:.4g}, and another --out")
 
 
 @pytest.mark.parametrize("flags, words", [

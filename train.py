@@ -202,13 +202,15 @@ class Trainer:
                 settings["model"], settings["fusion"], settings["z_channels"],
                 0 if settings["unconditional"] else len(meta["classes"]), meta["x_channels"],
                 meta["x_size"])
-            self.loss = JointLoss(net, settings, meta["d"] * (settings["repa"] > 0))
-            if settings["init"] and not checkpoint:
+        except ValueError as error:
+            raise UserError(error) from None
+        self.loss = JointLoss(net, settings, meta["d"] * (settings["repa"] > 0))
+        if settings["init"] and not checkpoint:
+            try:
                 init, _ = pretrained.load_model(settings["init"], settings["model"])
                 pretrained.load_pretrained(net, init)
-        except ValueError as error:
-            raise UserError(f"--init {settings['init']}: {error}" if settings["init"] else
-                            str(error)) from None
+            except ValueError as error:
+                raise UserError(f"--init {settings['init']}: {error}") from None
         if checkpoint:                           # what the data are binds it, not where they lie
             before, now = checkpoint["meta"] | checkpoint["config"], meta | net.config
             differ = [name for name in [*net.config, "sha256", "scale", "shift", "classes"]
@@ -547,7 +549,7 @@ def main(args):
     rank, n_processes = run.rank_and_count()
     out, device = args.out, run.begin(args)
     with run.locked(out):
-        anew = run.begins_anew(args)
+        anew = run.restart_requested(args)
         path = run.share(None if rank or anew else newest_checkpoint(out))
         checkpoint = pretrained.load_checkpoint(path, check=False) if path else None
         settings = resolve(args, checkpoint)
