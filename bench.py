@@ -39,7 +39,7 @@ PLAN = [("SiT", False, ("none", "merged"), 5),       # family, conditional, meth
         ("DiT", False, ("none", "merged"), 3),
         ("DiT", True, ("none", "merged"), 3)]
 LINES = {"none": ("none", 1.0, "gray"), "ReDi": ("merged", 1.0, "tab:blue"),
-         "ReDi + RG": ("merged", 2.0, "tab:red")}    # of the figure: method, w_r, colour
+         "ReDi + RG": ("merged", 1.5, "tab:red")}    # of the figure: method, w_r, colour
 METRICS = "frechet_classifier", "frechet_pixels"     # of a table each, the first of the figure
 NFE = 250                                            # sampling steps that images/s are said for
 TIMES = [k / 20 for k in range(1, 20, 2)]            # of losses, from 0 (noise) to 1 (data)
