@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import tarfile
+import threading
 import warnings
 
 import numpy as np
@@ -548,14 +549,15 @@ class LatentDataset:
         self.meta = meta | {"z_std": [meta["z_std"][c] for c in self.channels]}
         self.names = ("x", "z", "y", "f") if features else ("x", "z", "y")
         self.ends = np.cumsum(meta["shards"])
+        self.opening = threading.Lock()      # Python 3.11 parses .npy headers in one thread alone
         # few at a time: an open file each
         self.shard = functools.lru_cache(maxsize=128)(self.open_shard)
 
     def open_shard(self, k):
         """The records of shard k, memory-mapped."""
         path = f"{self.folder}/shards/{k:05d}.npy"
-        with run.blamed_on(f"{path} is damaged or missing",
-                           f"remove {self.folder} and prepare it again"):
+        with self.opening, run.blamed_on(f"{path} is damaged or missing",
+                                         f"remove {self.folder} and prepare it again"):
             records = np.load(path, mmap_mode="r")
             if len(records) != self.meta["shards"][k]:
                 raise ValueError(f"{len(records)} records, not {self.meta['shards'][k]}")

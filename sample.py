@@ -130,9 +130,9 @@ def guided(net, y, w_cfg=1.0, w_r=1.0, cfg_on="x", rg_on="x", cfg_interval=(0.0,
 
 
 def given_z(z, guide=guided):
-    """A guide for sample_batches(), as `guide`, but with z (n, r, H, W) given: image i sees z[i % n]
-    noised to t with the eps that its z_t begins with. The prediction that implies this z stands in
-    for the network's, so that every solver ends in it, the SDE but for 0.04 eps."""
+    """A guide for sample_batches(), as `guide`, but with z (n, r, H, W) given: image i sees
+    z[i % n], noised to t with the eps that its z_t begins with. The prediction that implies this z
+    stands in for the network's: every solver ends in it, the SDE but for 0.04 eps."""
     rows = itertools.count()                               # batches come in order
 
     def guide_given(net, y, **guidance):
@@ -298,9 +298,9 @@ def choose_labels(labels, n, n_classes, seed):
 
 
 def image_grid(versions, z_std=None, columns=10, least=48):
-    """A PIL image of samples uint8 (n, H, W, 3) above their features z (n, r, H, W) or None: rows of
-    `columns` images, tiles at least `least` pixels wide. versions: [(name, images, z)], which stand
-    one below the other. z_std (r,): the data's, for equal brightness; None: that of these z."""
+    """A PIL image of samples uint8 (n, H, W, 3) above their features z (n, r, H, W) or None: rows
+    of `columns` images, tiles at least `least` pixels wide. versions: [(name, images, z)], which
+    stand one below the other. z_std (r,): the data's, for equal brightness; None: of these z."""
     kinds, names = [], []
     for name, images, z in versions:
         kinds.append(images)
@@ -377,9 +377,9 @@ def check_guidance(metadata, args):
             continue
         if lacks:
             raise UserError(f"{needs}; {args.ckpt} has no {lacks}. Use --{weight} 1")
-        if settings[dropout] == 0:
+        if settings.get(dropout) == 0:
             raise UserError(f"{needs}; {args.ckpt} has 0. Retrain, or use --{weight} 1")
-        if settings[dropout] is None and weight == "w_r":
+        if settings.get(dropout) is None and weight == "w_r":
             warn(f"{needs}; {args.ckpt} does not record it")
 
 
@@ -458,8 +458,8 @@ def write_pngs(images, folder):
 
 
 def is_finished(args, settings):
-    """Whether args.out holds samples of these settings. UserError if it has others, unless --restart
-    is to replace them."""
+    """Whether args.out holds samples of these settings. UserError if it has others, unless
+    --restart is to replace them."""
     names = [f"{args.out}/samples.{kind}" for kind in ("json", "npz")]
     if args.restart or not all(map(os.path.exists, names)):
         return False
@@ -497,8 +497,8 @@ def read_given(args, net, metadata, device):
     for key in ("encoders", "z_std", "z_size", "x_size"):
         wanted, found = (run.one_line(each[key]) for each in (meta, dataset.meta))
         if wanted != found:
-            raise UserError(f"--z_from: {dataset.folder} has {key} {found}; {args.ckpt} was trained "
-                            f"with {wanted}")
+            raise UserError(f"--z_from: {dataset.folder} has {key} {found}; {args.ckpt} was "
+                            f"trained with {wanted}")
     if of_rows:
         with run.blamed_on(f"--z_from {names[0]}", f"rows are 0 to {dataset.n - 1}"):
             x, z, y, _ = dataset.unpack(dataset.read([run.natural(row) for row in rows.split(",")]))
@@ -520,7 +520,7 @@ def make_samples(net, y, meta, args, options, settings):
         if not run.share(rank == 0 and is_finished(args, settings)):
             key = hashlib.sha256(json.dumps([settings, size]).encode()).hexdigest()[:12]
             parts = run.Parts(f"{out}/parts_{key}", -(-n // size), "npz")
-            if rank == 0 and run.restart_requested(args):        # continues without --restart, if killed
+            if rank == 0 and run.restart_requested(args):  # if killed: continues without --restart
                 for folder in glob.glob(f"{glob.escape(out)}/parts_*"):
                     shutil.rmtree(folder, ignore_errors=True)
                 with contextlib.suppress(FileNotFoundError):
@@ -551,7 +551,7 @@ def main(args):
         raise UserError("--compare shows what guidance does: give --w_cfg, --w_r or both")
     net, metadata = pretrained.load_model(args.ckpt, args.model)
     config, meta = metadata["config"], metadata["meta"]
-    steps = args.steps or metadata["settings"]["sample_steps"]
+    steps = args.steps or metadata["settings"].get("sample_steps", pretrained.PUBLISHED_STEPS)
     solver = check_solver(config["name"], args.solver, steps)
     check_guidance(metadata, args)
     if args.save_z and not net.r:

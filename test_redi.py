@@ -219,7 +219,8 @@ def test_flags_are_strict_and_refused_in_one_line(capsys):
 
 
 def test_a_command_says_names_that_its_terminal_lacks_and_ends_in_a_line_without_a_reader():
-    command = [sys.executable, "-c", "import run; run.run_cli(lambda _: print(chr(9731), flush=True),"
+    command = [sys.executable, "-c", "import run; "
+               "run.run_cli(lambda _: print(chr(9731), flush=True),"
                                      " run.Parser().parse_args())"]
     options = {"cwd": HERE, "env": os.environ | {"PYTHONIOENCODING": "ascii"}, "text": True}
     done = subprocess.run(command, capture_output=True, **options)
@@ -693,7 +694,8 @@ def test_the_hub_is_asked_for_the_one_file_of_weights(monkeypatch, tmp_path):
                        (tmp_path / "models--someone--net/refs/main", snapshot.name)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    with pytest.raises(UserError, match="no file here.* the hub .it does not answer.*give their path"):
+    with pytest.raises(UserError, match="no file here.* the hub .it does not answer.*give "
+                                        "their path"):
         pretrained.load_model("zelaki/SiT-ReDi-XL-2")
     assert pretrained.from_hub("someone/net") == str(snapshot / "net.safetensors")
     (snapshot / "net_2.pt").write_text("others")
@@ -1111,6 +1113,21 @@ def test_without_a_vae_x_are_the_pixels(photos, tmp_path, grey):
     refused(data, f"{given} --size 21", "multiple of 2")
     if grey:
         refused(data, given.replace("--vae none", ""), "--grey is for --vae none")
+
+
+def test_one_thread_at_a_time_opens_a_shard(prepared, monkeypatch):
+    """Python 3.11 fails where two threads parse .npy headers (AST recursion depth mismatch)."""
+    load, opening = np.load, []
+
+    def slow(*args, **options):
+        opening.append(1)
+        time.sleep(0.01)
+        assert len(opening) == 1
+        opening.pop()
+        return load(*args, **options)
+
+    monkeypatch.setattr(np, "load", slow)
+    assert len(list(run.prefetch(lambda _: prepared.open_shard(0), range(8)))) == 8
 
 
 def test_z_of_new_images_is_made_as_the_stored_ones_were(photos, prepared, digits, tmp_path):
@@ -1829,7 +1846,8 @@ def test_what_the_data_are_binds_a_run_not_where_they_lie_and_disks_must_be_shar
         refused(train, "--data again", "another command is writing to out")
     main(train, "--steps 10 --data ./again --no-judge")
     assert json.loads(pathlib.Path("out/results.json").read_text()) == {"step": 10}
-    refused(train, "--steps 11 --data digits", "prepared/digits is not the data .* trained on, sha256 "
+    refused(train, "--steps 11 --data digits", "prepared/digits is not the data .* trained on, "
+            "sha256 "
             "differ: copy that folder from the machine where the run began")
 
 
@@ -1919,8 +1937,9 @@ def test_loss_png_has_the_logs_numbers_over_steps(tmp_path, monkeypatch):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     train.draw_log(tmp_path, ["loss_x", "loss_z", "images_per_s"])
     drawn = {axes.get_ylabel(): axes.lines[0].get_xydata().tolist() for axes in figures[0].axes}
-    assert drawn == {"loss_x": [[2, 3], [4, 2]], "loss_z": [[2, 5]], "images_per_s": [[2, 7], [4, 9]]}
-    (tmp_path / "log.jsonl").write_text("")                             # all of it after a checkpoint
+    assert drawn == {"loss_x": [[2, 3], [4, 2]], "loss_z": [[2, 5]],
+                     "images_per_s": [[2, 7], [4, 9]]}
+    (tmp_path / "log.jsonl").write_text("")                   # all of it after a checkpoint
     train.draw_log(tmp_path, ["loss_x", "images_per_s"])
 
 
@@ -1933,7 +1952,8 @@ def test_loss_png_has_the_logs_numbers_over_steps(tmp_path, monkeypatch):
     ("--steps 0", "--steps: 0 must be at least 1"), ("--lr nan", "--lr"), ("--lr 0", "--lr"),
     ("--p_drop_z 1.5", "--p_drop_z"), ("--seed -1", "--seed"), ("--lr x", "--lr: invalid float"),
     ("--batch_size 9 --micro_batch_size 4", "--batch_size 9.*--micro_batch_size"),
-    ("--model DiT-T/2 --sample_steps 1", "--sample_steps 1"), *((f"--device {name}", f"--device {name} cannot")
+    ("--model DiT-T/2 --sample_steps 1", "--sample_steps 1"),
+    *((f"--device {name}", f"--device {name} cannot")
                                                         for name in ("x", "meta", "cuda:9")),
     ("--device mkldnn", "allocate"), ("--data none/", "no prepared data in none/"),
     ("--steps 7 --out out", "done"), ("--seed 5 --out out", "--seed 5 contradicts")])
@@ -1970,7 +1990,8 @@ def test_compiled_training_takes_the_same_steps(one_thread, workdir, tmp_path):
             assert compiled == pytest.approx(plain, rel=1e-3)
     pretrained.load_model(str(tmp_path / "two/ckpt.pt"))                # no _orig_mod, no module
     done = subprocess.run(
-        [sys.executable, HERE / "train.py", *FLAGS.split(), "--compile", "--out", tmp_path / "none"],
+        [sys.executable, HERE / "train.py", *FLAGS.split(), "--compile", "--out",
+         tmp_path / "none"],
         cwd=workdir, capture_output=True, text=True, env=os.environ | {
             "CXX": "none", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
     last = done.stderr.splitlines()[-1]
@@ -2287,7 +2308,8 @@ def test_the_sheet_has_each_image_above_its_features_beside_its_class():
 def test_compare_and_trajectory_name_their_rows_and_start_from_the_same_noise(
         workdir, tmp_path, monkeypatch):
     monkeypatch.chdir(workdir)
-    main(sample, f"--n_sheet 3 --w_cfg 2 --w_r 1.5 --steps 4 --compare --trajectory --out {tmp_path}")
+    main(sample, "--n_sheet 3 --w_cfg 2 --w_r 1.5 --steps 4 --compare --trajectory "
+                 f"--out {tmp_path}")
     assert sorted(os.listdir(tmp_path)) == ["compare.png", "trajectory.png"]
     for name, versions in (("compare", 4), ("trajectory", 9)):
         picture = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
@@ -2513,7 +2535,8 @@ def test_published_weights_sample_through_sd_vae_or_another(photos, tmp_path, mo
     solvers = [json.loads(pathlib.Path(f"{out}/samples.json").read_text())["settings"]["solver"]
                for out in "abc"]
     assert solvers == ["sde", "sde", "ddpm"]
-    for flags, words in (("redi.pt --labels 10", "some of 0 to 9"), ("redi.pt --z_from x", "encoder"),
+    for flags, words in (("redi.pt --labels 10", "some of 0 to 9"),
+                         ("redi.pt --z_from x", "encoder"),
                          ("plain.pt --model SiT-T/2 --w_r 2", "--fusion none"),
                          ("redi.pt --model SiT-XXL/2", "there are DiT-T/2")):
         refused(sample, f"--ckpt {flags} --out d --vae {photos / 'vae'}", words)
@@ -2547,7 +2570,8 @@ def test_another_vae_is_warned_of_and_one_of_other_shapes_refused(saved, photos,
     ("--compare", "--compare shows"), ("--vae there", "pixels, which no VAE"),
     ("--device nonsense", "--device nonsense"), ("--device meta", "--device meta"),
     ("--ckpt prepared/digits/meta.json", "neither a checkpoint of train.py nor"),
-    ("--z_from prepared/digits:1,1618", "rows are 0 to 1617"), ("--z_from x.png", "x.png is no image"),
+    ("--z_from prepared/digits:1,1618", "rows are 0 to 1617"),
+    ("--z_from x.png", "x.png is no image"),
     ("--z_from prepared/digits:-1", "rows are 0 to 1617")])
 def test_mistakes_in_sampling_are_one_line_and_write_nothing(workdir, monkeypatch, capsys, flags,
                                                              words):
