@@ -134,7 +134,20 @@ def full_config(config):
     if unknown:
         raise UserError(f"the checkpoint's network has {', '.join(unknown)} in its config, which "
                         "this code does not know: take the code that trained it")
-    return {name: each.default for name, each in known.items()} | config
+    config = {name: each.default for name, each in known.items()} | config
+    missing = [name for name, value in config.items() if value is inspect.Parameter.empty]
+    if missing:
+        raise UserError(f"the config of the checkpoint's network lacks {', '.join(missing)}")
+    return config
+
+
+def check_keys(checkpoint, needed):
+    """ValueError for the keys that a checkpoint of ours lacks; what describes data is a dict."""
+    found = checkpoint if isinstance(checkpoint, dict) else {}
+    missing = [key for key in sorted(needed) if found.get(key) is None
+               or key in ("config", "meta", "settings", "ema") and not isinstance(found[key], dict)]
+    if missing:
+        raise ValueError(f"no {', '.join(missing)}")
 
 
 def load_checkpoint(path, needed=CHECKPOINT, check=True):
@@ -143,9 +156,7 @@ def load_checkpoint(path, needed=CHECKPOINT, check=True):
     --keep_every has SNAPSHOT's keys alone. UserError if a needed one is missing."""
     checkpoint = read_weights(path, check)
     with reading(path):
-        missing = needed - set(checkpoint) if isinstance(checkpoint, dict) else needed
-        if missing:
-            raise ValueError(f"no {', '.join(sorted(missing))}")
+        check_keys(checkpoint, needed)
         return checkpoint | {"config": full_config(checkpoint["config"])}
 
 
@@ -164,8 +175,9 @@ def load_model(path, name=None):
     content = read_weights(path)
     with reading(path):
         if isinstance(content, dict) and SNAPSHOT <= set(content):
+            check_keys(content, SNAPSHOT)
             net = model.build(**full_config(content["config"]))
-            net.load_state_dict(content["ema"])
+            net.load_state_dict(find_weights(content["ema"]))
             metadata = {key: content[key] for key in ("settings", "meta", "step")}
         else:
             net = load_published(content, name and model.parse_name(name)[0])

@@ -816,6 +816,23 @@ def test_weights_that_do_not_fit_are_refused_and_too_little_memory_blames_no_fla
         dino(photos)
 
 
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"ema": None}, "no ema"), ({"meta": None}, "no meta"),
+    ({"settings": None}, "no settings"), ({"config": {"fusion": "merged"}}, "lacks name")])
+def test_a_checkpoint_of_ours_says_what_it_lacks_and_may_have_prefixes(tmp_path, change, words):
+    net, path = tiny(), str(tmp_path / "snapshot.pt")
+    whole = {"config": net.config, "settings": {}, "meta": {"vae": None}, "step": 1,
+             "ema": {f"module.{name}": value for name, value in net.state_dict().items()}}
+    torch.save(whole, path)
+    loaded, _ = pretrained.load_model(path)
+    assert all(map(torch.equal, loaded.state_dict().values(), net.state_dict().values()))
+    torch.save(whole | change, path)
+    with pytest.raises(UserError, match=words):
+        pretrained.load_model(path)
+
+
 # data.py
 
 ENCODER = "vit_base_patch14_reg4_dinov2 --encoder_kwargs depth=2 embed_dim=48 num_heads=3"

@@ -510,9 +510,10 @@ def resolve(args, checkpoint=None):
                         "not know: take the code that began it, or choose another --out")
     if checkpoint:
         given.pop("init", None)
-        if not ("data" in given or stored["data"] == "digits" or os.path.isdir(stored["data"])):
-            raise UserError(f"the data of {args.out} are no longer in {stored['data']}: give their "
-                            "new place with --data")
+        folder = given.get("data", stored.get("data", "digits"))
+        if not ("data" in given or folder == "digits" or os.path.isdir(folder)):
+            raise UserError(f"the data of {args.out} are no longer in {folder}: give their new "
+                            "place with --data")
     chosen = {"model": SETTINGS["model"].paper, "data": "digits"} | stored | given
     with run.blamed_on(f"--model {chosen['model']}", "the paper's is SiT-XL/2"):
         _, size, _ = model.parse_name(chosen["model"])
