@@ -77,7 +77,7 @@ def parser():
     q.add_argument("--data", metavar="DIR", help="other images, prepared with the same PCA "
                                                  "(default: the training data)")
     q.flag("n_images", 512, "images", type=run.count)
-    q.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    q.device_flag()
     return p
 
 

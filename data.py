@@ -466,7 +466,7 @@ def write_shard(path, columns, vae=Pixels, skipped=()):
         records[name] = array
         if not np.isfinite(array).all():
             raise UserError(f"{name} holds NaN or infinity: are the weights of the VAE or encoder "
-                            "damaged?")
+                            "damaged? Give others by --vae or --encoder_weights, without --bf16")
     x_square = mean_square(columns["x"], vae.has_std, vae.scale, vae.shift)
     rms = np.sqrt(x_square.mean())
     if vae.name and len(records) and not 0.5 <= rms <= 2:
@@ -665,6 +665,7 @@ class DigitEncoder(nn.Module):
 
     @classmethod
     def load(cls, path):
+        """From encoder.safetensors of a prepared folder. UserError if it is missing or damaged."""
         encoder = cls()
         with run.blamed_on(f"{path} is not the digits' encoder", "prepare them again"):
             encoder.load_state_dict(safetensors.torch.load_file(path))
@@ -676,7 +677,7 @@ class DigitEncoder(nn.Module):
 
     @torch.no_grad()
     def features(self, x):
-        """Of grey images, with one channel or three alike."""
+        """Grey images (B, 1 or 3, 8, 8), three channels alike -> (B, 64, 4, 4)."""
         return self.convs(x[:, :1])
 
     def forward(self, x):
@@ -799,7 +800,7 @@ def parser():
            type=run.count)
     p.switch("bf16", False, "bfloat16 autocast of VAE and encoders, whose output is kept for all "
                             "later training")
-    p.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    p.device_flag()
     return p
 
 

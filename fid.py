@@ -47,7 +47,7 @@ def parser():
                    help="keep what was measured of the reference, an .npz that is a reference, too")
     p.flag("batch_size", 32, "images a batch", type=run.count)
     p.flag("workers", min(8, os.cpu_count()), "threads that read files", type=run.count)
-    p.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    p.device_flag()
     return p
 
 

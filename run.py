@@ -112,9 +112,13 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default,
                           help=f"{meaning} (default: {usual})")
 
+    def device_flag(self):
+        """--device, for pick_device()."""
+        self.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+
     def device_flags(self):
         """--device, --bf16 and --compile, for begin()."""
-        self.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+        self.device_flag()
         self.switch("bf16", None, "bfloat16 autocast of the network; weights stay float32")
         self.switch("compile", None, "torch.compile the network's blocks: faster after a minute")
 
