@@ -59,6 +59,7 @@ def parser():
     q.flag("out", "results/digits.jsonl", "the rows, those that are there are not made again; the "
            "table goes beside them, as .md", metavar="FILE")
     q.flag("figure", "assets/methods.png", "the figure", metavar="FILE")
+    q.device_flag()
     q = commands.add_parser("speed", help="training and sampling images/s, on random numbers")
     q.flag("models", [f"SiT-{size}/2" for size in ("S", "B", "L", "XL")], "which networks",
            nargs="+", type=str, metavar="MODEL")
@@ -121,6 +122,10 @@ def append_row(path, row):
         file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
 
 
+def device_name(device):
+    return torch.cuda.get_device_name() if device.type == "cuda" else device.type
+
+
 # methods
 
 def planned(args):
@@ -146,7 +151,7 @@ def planned(args):
     return plan
 
 
-def judged(path, key, batch_size=125):
+def judged(path, key, device, batch_size=125):
     """The metrics of samples of a snapshot: distances to all 1,797 digits, and judge_digits()'s,
     which are to the held-out ones."""
     net, _ = pretrained.load_model(path)
@@ -157,7 +162,8 @@ def judged(path, key, batch_size=125):
         rows = torch.arange(n) % dataset.n
         _, z, of_z, _ = dataset.unpack(dataset.read(rows))
         y, options["guide"] = of_z if net.n_classes else y, sample.given_z(z)
-    x, _ = sample.generate(net, y, key["sample_steps"], None, key["seed"], batch_size, **options)
+    x, _ = sample.generate(net.to(device), y, key["sample_steps"], None, key["seed"], batch_size,
+                           device, **options)
     images, digits = data.to_images(x), data.to_images(data.digits()[0])
     return (fid.digit_distances(images, digits)
             | fid.judge_digits(images, y.numpy() if net.n_classes else None))
@@ -177,12 +183,15 @@ def make_rows(args, name, settings, keys):
                 contextlib.redirect_stderr(nowhere):       # the bars of several runs
             train.main(train_args(settings | {
                 "steps": last, "keep_every": math.gcd(*args.points), "preview_every": last,
-                "sample_steps": args.sample_steps, "judge": False, "device": "cpu", "out": out}))
+                "sample_steps": args.sample_steps, "judge": False, "device": args.device,
+                "bf16": False, "compile": False, "out": out}))
         for path in {*glob.glob(f"{glob.escape(out)}/ema_*.pt")} - {*paths.values()}:
             os.remove(path)
+    device = run.pick_device(args.device)
     for key, row in zip(keys, read_rows(args.out, keys)):
         if not row:
-            append_row(args.out, key | judged(paths[key["step"]], key))
+            append_row(args.out, key | judged(paths[key["step"]], key, device)
+                       | {"device": device_name(device)})
 
 
 def work(of_run):
@@ -478,7 +487,7 @@ def speed_of(args, device, name, folder):
                "sampling_images_per_s": sampling, "peak_flop_per_s": peak,
                "mfu_percent": 100 * flop * training[0] / peak, "memory_gb": memory[method] / 1e9,
                "date": time.strftime("%Y-%m-%d"),
-               "device": torch.cuda.get_device_name() if on_gpu else "cpu"}
+               "device": device_name(device)}
     torch._dynamo.reset()                                  # code for another width
 
 

@@ -3041,8 +3041,8 @@ def test_methods_makes_each_row_once_also_where_it_was_killed(workdir, tmp_path,
         | {"n_reference": len(reference)})
     judged, main_of_train = bench.judged, train.main
     monkeypatch.setattr(train, "main", lambda args: (calls.append("train"), main_of_train(args)))
-    monkeypatch.setattr(bench, "judged", lambda path, key: (
-        calls.append(key) if len(calls) != 3 else 1 / 0, judged(path, key))[1])
+    monkeypatch.setattr(bench, "judged", lambda path, key, device: (
+        calls.append(key) if len(calls) != 3 else 1 / 0, judged(path, key, device))[1])
     with pytest.raises(ZeroDivisionError):                                # the third is not judged
         main(bench, METHOD)
     rows = pathlib.Path("r/rows.jsonl")
