@@ -118,7 +118,7 @@ def append_row(path, row):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "ab+") as file:
         file.seek(max(0, file.tell() - 1))
-        torn = file.read() not in (b"", b"\n")
+        torn = file.read(1) not in (b"", b"\n")
         file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
 
 
