@@ -3109,7 +3109,7 @@ def test_the_sweep_trains_on_z_of_another_unit(workdir, tmp_path, monkeypatch):
     (tmp_path / "prepared/digits").symlink_to(workdir / "prepared/digits")
     monkeypatch.chdir(tmp_path)
     args = bench.parser().parse_args(METHOD.split())
-    monkeypatch.setattr(bench, "judged", lambda path, key: {})
+    monkeypatch.setattr(bench, "judged", lambda *_: {})
     seen, main_of_train = [], train.main
     monkeypatch.setattr(train, "main", lambda args: (seen.append(args), main_of_train(args)))
     name = "SiT-unconditional-merged-z-RMS-3-lam_z-0.25-0"
