@@ -5,6 +5,7 @@ torch takes seconds to import, so only the functions that need it do: --help ans
 """
 import argparse
 import ast
+import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -193,6 +194,7 @@ def begin(args, days=1 / 24):
     if rank_and_count()[1] > 1:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                                              timeout=datetime.timedelta(days=days))
+        atexit.register(torch.distributed.destroy_process_group)       # its threads outlive errors
     return device
 
 
@@ -220,6 +222,7 @@ def end():
     """Wait for the other processes, and part from them."""
     if len(gather(None)) > 1:
         import torch
+        atexit.unregister(torch.distributed.destroy_process_group)
         torch.distributed.destroy_process_group()
 
 
