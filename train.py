@@ -27,7 +27,7 @@ REPA_WEIGHT = 0.5                                            # REPA's own
 ENCODER_DEPTH = {"T": 2, "S": 4, "B": 4, "L": 8, "XL": 8}    # blocks before REPA's loss; XL: REPA's
 
 
-# what a run uses unless a flag says otherwise: (ReDi's and SiT's value or our choice, argparse's
+# what a run uses unless a flag says otherwise: (the value of ReDi and SiT or our choice, argparse's
 # type, meaning)
 SETTINGS = {
     "model": ("SiT-T/2", str, "DiT or SiT - size T, S, B, L or XL / patch 2, 4 or 8"),
@@ -178,20 +178,19 @@ class Trainer:
     """A run but for its loop: data, networks, optimizer, steps. args: the flags that are no
     SETTINGS; checkpoint: where to continue, or None. UserError if that does not fit."""
     def __init__(self, settings, args, device, checkpoint=None):
-        rank, n_processes = run.rank_and_count()
+        (rank, n_processes), repa = run.rank_and_count(), settings["repa"] > 0
         self.settings, self.args, self.device = settings, args, device
-        self.dataset = data.open_data(settings["data"], settings["z_channels"],
-                                      settings["repa"] > 0)
+        self.dataset = data.open_data(settings["data"], settings["z_channels"], repa)
         meta = self.meta = self.dataset.meta
         self.n = settings["batch_size"] // n_processes               # this process's of a batch
         self.mine = slice(rank * self.n, (rank + 1) * self.n)
         torch.manual_seed(settings["seed"])                          # for the initial weights alone
         n_classes = 0 if settings["unconditional"] else len(meta["classes"])
         with run.blamed_on("no such network", "change --model, --fusion or --z_channels"):
-            net = self.net = model.build(settings["model"], settings["fusion"],
-                                         settings["z_channels"], n_classes, meta["x_channels"],
-                                         meta["x_size"])
-        self.loss = JointLoss(net, settings, meta["d"] * (settings["repa"] > 0))
+            net = self.net = model.build(
+                settings["model"], settings["fusion"], settings["z_channels"], n_classes,
+                meta["x_channels"], meta["x_size"])
+        self.loss = JointLoss(net, settings, meta["d"] if repa else 0)
         if settings["init"] and not checkpoint:
             try:
                 init, _ = pretrained.load_model(settings["init"], settings["model"])
@@ -218,8 +217,8 @@ class Trainer:
         self.step, self.sums, self.tallies = 0, np.zeros((2, len(LOGGED))), []
         if checkpoint:
             self.step = checkpoint["step"]
-            for name, part in self.parts.items():
-                part.load_state_dict(copy.deepcopy(checkpoint[name]))  # AdamW would use the file's
+            for name, part in self.parts.items():        # copied: AdamW would use the file's pages
+                part.load_state_dict(copy.deepcopy(checkpoint[name]))
             self.sums += np.array(checkpoint["sums"]) * (rank == 0)
         net.grad_checkpointing = args.grad_checkpointing
         if args.compile:
@@ -296,12 +295,12 @@ LOGGED = ("loss", "loss_x", "loss_z", "loss_repa", *(f"loss_q{q}" for q in range
 def tally(losses):
     """(2, 9): sums of what is LOGGED over JointLoss's losses of a batch, and over how many samples
     each is; of the gradient's norm nothing yet. NaN and infinity stay in the sums."""
-    loss, kept = losses["loss"], losses["kept"].to(losses["loss"].dtype)
+    loss = losses["loss"]
     every, none = torch.ones_like(loss), torch.zeros_like(loss)
-    in_quarter = F.one_hot((4 * losses["time"]).long().clamp(max=3), 4).to(loss.dtype).T  # (4, B)
-    values = [loss, losses["loss_x"], losses["loss_z"], losses["loss_repa"], *(in_quarter * loss)]
-    counts = [every, every, kept, every, *in_quarter]
-    return torch.stack([*values, none, *counts, none]).sum(1).view(2, -1)
+    in_quarter = F.one_hot((4 * losses["time"]).long().clamp(max=3), 4).T.to(loss.dtype)  # (4, B)
+    sums = [*(losses[name] for name in LOGGED[:4]), *(in_quarter * loss), none]
+    counts = [every, every, losses["kept"].to(loss.dtype), every, *in_quarter, none]
+    return torch.stack([*sums, *counts]).sum(1).view(2, -1)
 
 
 def log_entry(step, sums, settings, images_per_s, waited):
@@ -310,10 +309,10 @@ def log_entry(step, sums, settings, images_per_s, waited):
     grad_norm before clipping; waited_percent the share of time in which the next batch was not
     there yet."""
     absent = {"loss_z": settings["fusion"] == "none", "loss_repa": not settings["repa"]}
-    return {"step": step} | {name: value / count if count else None
-                             for name, value, count in zip(LOGGED, *sums.tolist())
-                             if not absent.get(name)} | {
-        "images_per_s": round(images_per_s, 1), "waited_percent": round(100 * waited, 1)}
+    means = {name: value / count if count else None
+             for name, value, count in zip(LOGGED, *sums.tolist()) if not absent.get(name)}
+    return {"step": step} | means | {"images_per_s": round(images_per_s, 1),
+                                     "waited_percent": round(100 * waited, 1)}
 
 
 def train(trainer, out):
@@ -418,21 +417,20 @@ def truncate_log(path, step):
     """Drop what a killed run logged after its checkpoint of that step, and a torn last line."""
     if os.path.exists(path):
         with open(path, "rb") as file:
-            whole = [line for line in file if line.endswith(b"\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
+            kept = [line for line in file
+                    if line.endswith(b"\n") and json.loads(line)["step"] <= step]
         run.write_whole(path, lambda file: file.writelines(kept))
 
 
 say_once = functools.cache(tqdm.write)                   # beside the progress bar
 
 
-def preview(trainer, out, name, rows=4):
+def preview(trainer, out, name):
     """Save a sheet of samples from the EMA, from the same noise at every call, up to ten classes,
     one a column; and the log's curves. What cannot be drawn it says: no reason to stop."""
-    ema, settings, meta = trainer.ema, trainer.settings, trainer.meta
-    columns = min(ema.n_classes, 10) or 10
-    y = data.classes_in_turn(columns * rows, min(ema.n_classes, 10))
-    x, z = sample.generate(ema, y, settings["sample_steps"], batch_size=columns * rows // 2,
+    ema, meta, columns = trainer.ema, trainer.meta, min(trainer.ema.n_classes, 10) or 10
+    y = data.classes_in_turn(4 * columns, min(ema.n_classes, 10))
+    x, z = sample.generate(ema, y, trainer.settings["sample_steps"], batch_size=2 * columns,
                            device=trainer.device, bf16=trainer.args.bf16)
     try:
         images = data.decode(x, meta, trainer.device)
@@ -541,10 +539,9 @@ def main(args):
         checkpoint = pretrained.load_checkpoint(path, check=False) if path else None
         settings = resolve(args, checkpoint)
         check(settings, args.micro_batch_size)
-        if checkpoint and checkpoint["step"] + is_finished(out, checkpoint["step"]) \
-                > settings["steps"]:
-            raise UserError(f"{out} is done, with {checkpoint['step']} steps: raise --steps, or "
-                            "--restart")
+        done = checkpoint["step"] if checkpoint else 0
+        if done + is_finished(out, done) > settings["steps"]:
+            raise UserError(f"{out} is done, with {done} steps: raise --steps, or --restart")
         if rank == 0:
             data.open_data(settings["data"], settings["z_channels"])         # made by one
         run.gather(None)
@@ -557,8 +554,8 @@ def main(args):
         if rank == 0:
             if anew:                                       # the old run is kept
                 for pattern in ("ckpt*.pt", "ema_*.pt", "log.jsonl", "results.json"):
-                    for old in glob.glob(f"{glob.escape(out)}/{pattern}"):
-                        os.replace(old, f"{old}.old")
+                    for name in glob.glob(pattern, root_dir=out):
+                        os.replace(f"{out}/{name}", f"{out}/{name}.old")
             n_params = sum(param.numel() for param in trainer.net.parameters())
             print(f"{settings['model']} {settings['fusion']}, {n_params:,} parameters, on "
                   f"{trainer.dataset.n:,} images: steps {trainer.step} to {settings['steps']}, "
