@@ -119,20 +119,19 @@ def load(path):
     return PCA(**{name: value if value.ndim else value.item() for name, value in values.items()})
 
 
-class _OfficialUnpickler(pickle.Unpickler):
+class OfficialUnpickler(pickle.Unpickler):
     """Admits numpy arrays and scikit-learn's PCA, whose attributes a namespace takes: no code of
     the file's choice can run."""
-    reconstruct, _, _ = np.zeros(1).__reduce__()
-    admitted = {"sklearn.decomposition._pca.PCA": types.SimpleNamespace,
-                "_codecs.encode": lambda text, encoding: text.encode("latin1"),
-                "numpy.core.multiarray._reconstruct": reconstruct,
-                "numpy._core.multiarray._reconstruct": reconstruct,
-                "numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype}
-
     def find_class(self, module, name):
-        if f"{module}.{name}" not in self.admitted:
+        reconstruct, _, _ = np.zeros(1).__reduce__()
+        admitted = {"sklearn.decomposition._pca.PCA": types.SimpleNamespace,
+                    "_codecs.encode": lambda text, encoding: text.encode("latin1"),
+                    "numpy.core.multiarray._reconstruct": reconstruct,
+                    "numpy._core.multiarray._reconstruct": reconstruct,
+                    "numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype}
+        if f"{module}.{name}" not in admitted:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not admitted")
-        return self.admitted[f"{module}.{name}"]
+        return admitted[f"{module}.{name}"]
 
 
 def from_official(path, scale=1.0):
@@ -142,13 +141,13 @@ def from_official(path, scale=1.0):
         with zipfile.ZipFile(path) as archive:
             name, = (name for name in archive.namelist() if name.endswith("/data.pkl"))
             with archive.open(name) as file:
-                stats = _OfficialUnpickler(file).load()
+                stats = OfficialUnpickler(file).load()
         theirs = stats["pca_model"]
-        arrays = [np.asarray(array, np.float64) for array in (
+        n, arrays = int(theirs.n_samples_), [np.asarray(array, np.float64) for array in (
             stats["mean"], stats["std"], theirs.mean_, theirs.components_,
             theirs.explained_variance_)]
         mean, std, centre, components, variance = arrays
-        n, (k, d) = int(theirs.n_samples_), components.shape
+        k, d = components.shape
         if not ([a.shape for a in arrays] == [(d,), (d,), (d,), (k, d), (k,)] and (std > 0).all()
                 and all(np.isfinite(a).all() for a in arrays)):
             raise ValueError("its arrays do not fit together")
@@ -162,7 +161,7 @@ def colours(z, z_std):
     -2 to 2 of their standard deviations in the data, so that a colour means the same everywhere."""
     z = np.asarray(z[:, :3], np.float32)
     rgb = np.zeros((len(z), 3, *z.shape[2:]), np.float32)
-    rgb[:, :z.shape[1]] = z / (2 * np.asarray(z_std[:z.shape[1]], np.float32)).reshape(-1, 1, 1)
+    rgb[:, :z.shape[1]] = z / (2 * np.float32(z_std[:z.shape[1]])).reshape(-1, 1, 1)
     return (127.5 * rgb + 128).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
@@ -178,12 +177,12 @@ def image_grid(kinds, columns, tile, gap=2, names=()):
         left += max(round(font.getlength(name)) + 4 * gap for name in names)
     canvas = Image.new("RGB", (left + columns * step, -(-n // columns) * row - gap), "white")
     for k, kind in enumerate(kinds):
+        top = gap + k * step
         for i, picture in enumerate(kind):
             picture = Image.fromarray(picture).resize((tile, tile), Image.Resampling.NEAREST)
-            canvas.paste(picture, (left + i % columns * step, gap + i // columns * row + k * step))
-    for k, name in enumerate(names):
-        middle = gap + k * step + tile / 2
-        ImageDraw.Draw(canvas).text((2 * gap, middle), name, "black", font, anchor="lm")
+            canvas.paste(picture, (left + i % columns * step, top + i // columns * row))
+        if names:
+            ImageDraw.Draw(canvas).text((2 * gap, top + tile / 2), names[k], "black", font, "lm")
     return canvas
 
 
@@ -197,8 +196,6 @@ def show(name, pca):
 
 
 def main(args):
-    if (args.file is None) == (args.from_official is None):
-        raise run.UserError("give a file or folder to show, or --from_official FILE")
     if args.from_official:
         pca = from_official(args.from_official, args.pca_scale)
         pca.save(args.out)
@@ -212,9 +209,10 @@ def main(args):
 
 def parser():
     p = run.Parser(description=__doc__)
-    p.add_argument("file", nargs="?", help="a PCA (.npz) or a prepared folder, to show")
-    p.add_argument("--from_official", metavar="FILE",
-                   help="convert the authors' dino_pca_model.pth, without running its pickle")
+    given = p.add_mutually_exclusive_group(required=True)
+    given.add_argument("file", nargs="?", help="a PCA (.npz) or a prepared folder, to show")
+    given.add_argument("--from_official", metavar="FILE",
+                       help="convert the authors' dino_pca_model.pth, without running its pickle")
     p.flag("out", "pca.npz", "where --from_official saves")
     p.flag("pca_scale", 1.0, "number that z is multiplied with", type=run.positive)
     return p

@@ -233,16 +233,14 @@ def restart_requested(args):
 
 def prefetch(make, steps, ahead=4):
     """make(step) for each of the steps, in order, computed by that many threads ahead of use."""
-    pool, waiting = concurrent.futures.ThreadPoolExecutor(ahead), collections.deque()
-    try:
+    waiting = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(ahead) as pool:
         for step in steps:
             waiting.append(pool.submit(make, step))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def seeds(seed, purpose, index=0, n=1):
@@ -268,12 +266,13 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException as error:                         # a full disk: the old content stays
-        with contextlib.suppress(OSError):
-            os.remove(part)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            raise error.__context__ from None              # torch.save hides it
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):         # a full disk, which torch.save hides
+            raise error.__context__ from None
         raise
+    finally:
+        with contextlib.suppress(OSError):                 # it is there where the write failed
+            os.remove(part)
 
 
 def write_json(path, value):
@@ -294,21 +293,20 @@ def locked(folder, seconds=2):
         return
     import filelock                                        # comes with torch
     os.makedirs(folder, exist_ok=True)
-    lock = filelock.FileLock(os.path.join(folder, ".lock"))
     try:
-        lock.acquire(timeout=seconds)
+        lock = filelock.FileLock(f"{folder}/.lock").acquire(timeout=seconds)
     except filelock.Timeout:
         raise UserError(f"another command is writing to {folder}: wait for its end, or choose "
                         "another --out") from None
-    try:
-        parts = f"{glob.escape(folder)}/**/*.{8 * '[0-9a-f]'}.part"        # write_whole's alone
-        for part in glob.glob(parts, recursive=True):
-            os.remove(part)                                # half written by one that was killed
-        yield
-    finally:
-        if os.listdir(folder) == [".lock"]:                # a mistake: nothing was written
-            shutil.rmtree(folder, ignore_errors=True)      # before another command may have it
-        lock.release()
+    with lock:
+        # of write_whole() in a command that was killed
+        for part in glob.glob(f"{glob.escape(folder)}/**/*.{8 * '[0-9a-f]'}.part", recursive=True):
+            os.remove(part)
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == [".lock"]:            # a mistake: nothing was written
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class Parts:

@@ -19,7 +19,6 @@ import os
 import signal
 import sys
 import time
-import typing
 
 import run
 from run import UserError
@@ -28,62 +27,52 @@ REPA_WEIGHT = 0.5                                            # REPA's own
 ENCODER_DEPTH = {"T": 2, "S": 4, "B": 4, "L": 8, "XL": 8}    # blocks before REPA's loss; XL: REPA's
 
 
-class Setting(typing.NamedTuple):
-    """A row of the table below: what a run uses unless a flag says otherwise."""
-    paper: object                       # ReDi's and SiT's values, and our choices
-    digits: object                      # of size T on digits; None: the paper's
-    kind: object                        # argparse's type
-    fixed: bool                         # who continues a run may not change it
-    meaning: str
-
-
+# what a run uses unless a flag says otherwise: (the value of ReDi and SiT or our choice, argparse's
+# type, meaning)
 SETTINGS = {
-    "model": Setting("SiT-T/2", None, str, True,
-                     "DiT or SiT - size T, S, B, L or XL / patch 2, 4 or 8"),
-    "fusion": Setting("merged", None, str, True,
-                      "how z joins x: none (plain DiT/SiT), merged or separate tokens"),
-    "unconditional": Setting(False, None, bool, True, "ignore the classes"),
-    "data": Setting("prepared/imagenet256", "digits", str, False,
-                    "digits, or a prepared folder; to continue a run it may have moved"),
-    "z_channels": Setting(8, 4, run.natural, True, "r, the PCA components of the features used"),
-    "lam_z": Setting(1.0, None, run.weight, True, "weight of z's loss; 0 is off"),
-    "repa": Setting(0.0, None, run.weight, True,
-                    f"weight of REPA's loss, REPA's own is {REPA_WEIGHT}; 0 is off"),
-    "p_drop_z": Setting(0.2, None, run.share_of_one, True,
-                        "chance that a sample's z is dropped; 0 is off and rules out --w_r"),
-    "p_drop_y": Setting(0.1, None, run.share_of_one, True,
-                        "chance that its class is dropped; 0 is off and rules out --w_cfg"),
-    "batch_size": Setting(256, 128, run.count, True, "images a step, all processes together"),
-    "lr": Setting(1e-4, 3e-3, run.positive, True, "AdamW's learning rate, constant"),
-    "ema": Setting(0.9999, 0.995, run.share_of_one, True,
-                   "decay per step of the averaged weights, ramped up from 0.1; 0 is off"),
-    "init": Setting(None, None, str, False,
-                    "start from these weights: a checkpoint of train.py, or what the authors of "
-                    "ReDi, SiT or DiT publish; who continues does not need them"),
-    "seed": Setting(0, None, run.natural, True, "of initial weights, data order and all noise"),
-    "steps": Setting(400_000, 1_400, run.count, False, "optimizer steps in all"),
-    "grad_clip": Setting(0.0, None, run.weight, False, "largest gradient norm; 0 is off"),
-    "sample_steps": Setting(250, 40, run.count, False,
-                            "sampling steps (network calls an image, NFE) of sheets"),
-    "log_every": Setting(100, 25, run.count, False, "steps between lines of log.jsonl"),
-    "ckpt_every": Setting(5_000, 250, run.count, False, "steps between checkpoints; two are kept"),
-    "keep_every": Setting(0, None, run.natural, False,
-                          "steps between snapshots of the EMA, kept as ema_STEP.pt; 0 is off"),
-    "preview_every": Setting(25_000, 500, run.count, False, "steps between preview sheets"),
+    "model": ("SiT-T/2", str, "DiT or SiT - size T, S, B, L or XL / patch 2, 4 or 8"),
+    "fusion": ("merged", str, "how z joins x: none (plain DiT/SiT), merged or separate tokens"),
+    "unconditional": (False, bool, "ignore the classes"),
+    "data": ("prepared/imagenet256", str,
+             "digits, or a prepared folder; to continue a run it may have moved"),
+    "z_channels": (8, run.natural, "r, the PCA components of the features used"),
+    "lam_z": (1.0, run.weight, "weight of z's loss; 0 is off"),
+    "repa": (0.0, run.weight, f"weight of REPA's loss, REPA's own is {REPA_WEIGHT}; 0 is off"),
+    "p_drop_z": (0.2, run.share_of_one,
+                 "chance that a sample's z is dropped; 0 is off and rules out --w_r"),
+    "p_drop_y": (0.1, run.share_of_one,
+                 "chance that its class is dropped; 0 is off and rules out --w_cfg"),
+    "batch_size": (256, run.count, "images a step, all processes together"),
+    "lr": (1e-4, run.positive, "AdamW's learning rate, constant"),
+    "ema": (0.9999, run.share_of_one,
+            "decay per step of the averaged weights, ramped up from 0.1; 0 is off"),
+    "init": (None, str, "start from these weights: a checkpoint of train.py, or what the authors "
+                        "of ReDi, SiT or DiT publish; who continues does not need them"),
+    "seed": (0, run.natural, "of initial weights, data order and all noise"),
+    "steps": (400_000, run.count, "optimizer steps in all"),
+    "grad_clip": (0.0, run.weight, "largest gradient norm; 0 is off"),
+    "sample_steps": (250, run.count, "sampling steps (network calls an image, NFE) of sheets"),
+    "log_every": (100, run.count, "steps between lines of log.jsonl"),
+    "ckpt_every": (5_000, run.count, "steps between checkpoints; two are kept"),
+    "keep_every": (0, run.natural,
+                   "steps between snapshots of the EMA, kept as ema_STEP.pt; 0 is off"),
+    "preview_every": (25_000, run.count, "steps between preview sheets"),
 }
+DIGITS = {"data": "digits", "z_channels": 4, "batch_size": 128, "lr": 3e-3, "ema": 0.995,
+          "steps": 1_400, "sample_steps": 40, "log_every": 25, "ckpt_every": 250,
+          "preview_every": 500}         # of size T on digits
+CHANGEABLE = {"data", "init", "steps", "grad_clip", "sample_steps", "log_every", "ckpt_every",
+              "keep_every", "preview_every"}                 # where a run is continued
 
 
 def parser():
     p = run.Parser(description=__doc__)
-    for name, setting in SETTINGS.items():
-        digits = "" if setting.digits is None else f"; {setting.digits} for size T on digits"
-        options = {"type": setting.kind}
-        if setting.kind is bool:
-            options = {"action": argparse.BooleanOptionalAction}
+    for name, (default, kind, meaning) in SETTINGS.items():
+        digits = f"; {DIGITS[name]} for size T on digits" if name in DIGITS else ""
+        options = {"type": kind} if kind is not bool else {"action": argparse.BooleanOptionalAction}
         if name == "repa":
             options |= {"nargs": "?", "const": REPA_WEIGHT}
-        p.add_argument(f"--{name}", **options,
-                       help=f"{setting.meaning} (default: {setting.paper}{digits})")
+        p.add_argument(f"--{name}", **options, help=f"{meaning} (default: {default}{digits})")
     p.flag("out", "out", "output folder", metavar="DIR")
     p.switch("restart", False, "start over where DIR holds a checkpoint, which becomes ckpt.pt.old")
     p.add_argument("--micro_batch_size", type=run.count,
@@ -131,9 +120,10 @@ class JointLoss(nn.Module):
         and sample_noise()'s numbers -> losses by name, each (B,): their weighted sum "loss" is what
         is minimised. "kept": whether z was; "time": from 0 (noise) to 1 (data)."""
         net, diffusion, settings = self.net, self.net.diffusion, self.settings
-        t = diffusion.t_from_uniform(u[:, 0])
-        y = torch.where((u[:, 1] < settings["p_drop_y"]) | (net.n_classes == 0), net.n_classes, y)
-        dropped = u[:, 2] < settings["p_drop_z"]
+        u_t, u_y, u_z = u.T
+        t = diffusion.t_from_uniform(u_t)
+        y = torch.where((u_y < settings["p_drop_y"]) | (net.n_classes == 0), net.n_classes, y)
+        dropped = u_z < settings["p_drop_z"]
         x_t, z_t = diffusion.add_noise(x, eps_x, t), None
         if net.r:
             z_t = model.drop_z(diffusion.add_noise(z, eps_z, t), dropped)
@@ -174,37 +164,33 @@ def sample_noise(seed, step, batch_size, mine, net, from_vae=False):
     """
     seeds = run.seeds(seed, "draws", step, batch_size)[mine]
     channels = {"eps_x": net.x_channels, "eps_vae": net.x_channels * from_vae, "eps_z": net.r}
-    noise = {"u": torch.empty(len(seeds), 3)} | {            # x's first: the same for every fusion
-        name: torch.empty(len(seeds), n, net.x_size, net.x_size) for name, n in channels.items()}
-    generator = torch.Generator()
+    u, generator = torch.empty(len(seeds), 3), torch.Generator()
+    eps = {name: torch.empty(len(seeds), n, net.x_size, net.x_size) for name, n in channels.items()}
     for i, of_sample in enumerate(seeds):
         generator.manual_seed(of_sample)
-        for name, part in noise.items():
-            draw = torch.rand if name == "u" else torch.randn
-            draw(part.shape[1:], generator=generator, out=part[i])
-    return noise
+        u[i].uniform_(generator=generator)
+        for part in eps.values():                # x's first, so that it is the same for any fusion
+            part[i].normal_(generator=generator)
+    return {"u": u} | eps
 
 
 class Trainer:
     """A run but for its loop: data, networks, optimizer, steps. args: the flags that are no
     SETTINGS; checkpoint: where to continue, or None. UserError if that does not fit."""
     def __init__(self, settings, args, device, checkpoint=None):
-        rank, n_processes = run.rank_and_count()
+        (rank, n_processes), repa = run.rank_and_count(), settings["repa"] > 0
         self.settings, self.args, self.device = settings, args, device
-        self.dataset = data.open_data(settings["data"], settings["z_channels"],
-                                      settings["repa"] > 0)
+        self.dataset = data.open_data(settings["data"], settings["z_channels"], repa)
         meta = self.meta = self.dataset.meta
         self.n = settings["batch_size"] // n_processes               # this process's of a batch
         self.mine = slice(rank * self.n, (rank + 1) * self.n)
         torch.manual_seed(settings["seed"])                          # for the initial weights alone
-        try:
+        n_classes = 0 if settings["unconditional"] else len(meta["classes"])
+        with run.blamed_on("no such network", "change --model, --fusion or --z_channels"):
             net = self.net = model.build(
-                settings["model"], settings["fusion"], settings["z_channels"],
-                0 if settings["unconditional"] else len(meta["classes"]), meta["x_channels"],
-                meta["x_size"])
-        except ValueError as error:
-            raise UserError(error) from None
-        self.loss = JointLoss(net, settings, meta["d"] * (settings["repa"] > 0))
+                settings["model"], settings["fusion"], settings["z_channels"], n_classes,
+                meta["x_channels"], meta["x_size"])
+        self.loss = JointLoss(net, settings, meta["d"] if repa else 0)
         if settings["init"] and not checkpoint:
             try:
                 init, _ = pretrained.load_model(settings["init"], settings["model"])
@@ -224,12 +210,15 @@ class Trainer:
         self.params = list(self.loss.to(device).parameters())
         self.optimizer = torch.optim.AdamW(self.params, lr=settings["lr"], betas=(0.9, 0.999),
                                            weight_decay=0, fused=True)
+        # what has a state to save, by its name in a checkpoint
+        self.parts = {"net": net, "ema": self.ema, "optimizer": self.optimizer}
+        if self.loss.projector:
+            self.parts["projector"] = self.loss.projector
         self.step, self.sums, self.tallies = 0, np.zeros((2, len(LOGGED))), []
         if checkpoint:
             self.step = checkpoint["step"]
-            for name, part in self.parts().items():      # copied: AdamW would use the file's pages
-                state = checkpoint[name]
-                part.load_state_dict(copy.deepcopy(state) if part is self.optimizer else state)
+            for name, part in self.parts.items():        # copied: AdamW would use the file's pages
+                part.load_state_dict(copy.deepcopy(checkpoint[name]))
             self.sums += np.array(checkpoint["sums"]) * (rank == 0)
         net.grad_checkpointing = args.grad_checkpointing
         if args.compile:
@@ -244,11 +233,10 @@ class Trainer:
     def load_batch(self, step):
         """This process's part of a step: rows of the data, as they are stored, and noise, on the
         CPU; pinned if they are for a GPU."""
-        settings, dataset = self.settings, self.dataset
-        rows = data.rows_of_step(settings["seed"], step, settings["batch_size"], dataset.n)
-        batch = dict(zip("xzyf", dataset.read(rows[self.mine])))
-        batch |= sample_noise(settings["seed"], step, settings["batch_size"], self.mine, self.net,
-                              dataset.has_std)
+        seed, size = self.settings["seed"], self.settings["batch_size"]
+        rows = data.rows_of_step(seed, step, size, self.dataset.n)[self.mine]
+        noise = sample_noise(seed, step, size, self.mine, self.net, self.dataset.has_std)
+        batch = dict(zip("xzyf", self.dataset.read(rows))) | noise
         pin = self.device.type == "cuda"
         return {name: part.pin_memory() if pin else part
                 for name, part in batch.items() if part is not None}
@@ -293,16 +281,11 @@ class Trainer:
                 "--no-bf16, or start over with a lower --lr")
         return total
 
-    def parts(self):
-        """What has a state to save, by its name in a checkpoint."""
-        parts = {"net": self.net, "ema": self.ema, "optimizer": self.optimizer}
-        return parts | ({"projector": self.loss.projector} if self.loss.projector else {})
-
     def state(self):
         """A checkpoint, as pretrained.load_checkpoint describes it."""
         return {"config": self.net.config, "settings": self.settings, "meta": self.meta,
                 "step": self.step, "sums": self.sums.tolist()} | {
-                    name: part.state_dict() for name, part in self.parts().items()}
+                    name: part.state_dict() for name, part in self.parts.items()}
 
 
 LOGGED = ("loss", "loss_x", "loss_z", "loss_repa", *(f"loss_q{q}" for q in range(4)), "grad_norm")
@@ -312,12 +295,12 @@ LOGGED = ("loss", "loss_x", "loss_z", "loss_repa", *(f"loss_q{q}" for q in range
 def tally(losses):
     """(2, 9): sums of what is LOGGED over JointLoss's losses of a batch, and over how many samples
     each is; of the gradient's norm nothing yet. NaN and infinity stay in the sums."""
-    loss, kept = losses["loss"], losses["kept"].to(losses["loss"].dtype)
+    loss = losses["loss"]
     every, none = torch.ones_like(loss), torch.zeros_like(loss)
-    in_quarter = F.one_hot((4 * losses["time"]).long().clamp(max=3), 4).to(loss.dtype).T  # (4, B)
-    values = [loss, losses["loss_x"], losses["loss_z"], losses["loss_repa"], *(in_quarter * loss)]
-    counts = [every, every, kept, every, *in_quarter]
-    return torch.stack([*values, none, *counts, none]).sum(1).view(2, -1)
+    in_quarter = F.one_hot((4 * losses["time"]).long().clamp(max=3), 4).T.to(loss.dtype)  # (4, B)
+    sums = [*(losses[name] for name in LOGGED[:4]), *(in_quarter * loss), none]
+    counts = [every, every, losses["kept"].to(loss.dtype), every, *in_quarter, none]
+    return torch.stack([*sums, *counts]).sum(1).view(2, -1)
 
 
 def log_entry(step, sums, settings, images_per_s, waited):
@@ -326,10 +309,10 @@ def log_entry(step, sums, settings, images_per_s, waited):
     grad_norm before clipping; waited_percent the share of time in which the next batch was not
     there yet."""
     absent = {"loss_z": settings["fusion"] == "none", "loss_repa": not settings["repa"]}
-    return {"step": step} | {name: value / count if count else None
-                             for name, value, count in zip(LOGGED, *sums.tolist())
-                             if not absent.get(name)} | {
-        "images_per_s": round(images_per_s, 1), "waited_percent": round(100 * waited, 1)}
+    means = {name: value / count if count else None
+             for name, value, count in zip(LOGGED, *sums.tolist()) if not absent.get(name)}
+    return {"step": step} | means | {"images_per_s": round(images_per_s, 1),
+                                     "waited_percent": round(100 * waited, 1)}
 
 
 def train(trainer, out):
@@ -337,36 +320,38 @@ def train(trainer, out):
     that ended it before, or None."""
     settings, first, rank = trainer.settings, trainer.step, run.rank_and_count()[0]
     steps, log_every = settings["steps"], min(settings["log_every"], settings["steps"])
-    clock, logged, waited = time.perf_counter(), first, 0.0          # when and where the log stands
+    n_timed = seconds = waited = 0                       # since the last line of the log
     batches = run.prefetch(trainer.load_batch, range(first, steps), trainer.args.workers)
     with noted_signals() as signals, contextlib.closing(batches), tqdm(
             total=steps, initial=first, unit="step", disable=rank > 0, mininterval=1) as bar:
         for step in range(first + 1, steps + 1):
-            waiting = time.perf_counter()
+            begun = time.perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - waiting
+            waited += time.perf_counter() - begun
             trainer.training_step(batch)
             bar.update()
             stop_requested = any(run.gather(bool(signals)))
+            if step == first + 10:
+                trainer.tallies[-1].tolist()             # wait for a GPU that is behind
+            if step % log_every == 0:
+                sums = trainer.total_sums()
+            seconds += time.perf_counter() - begun
+            n_timed += 1
 
             if rank == 0 and step == first + 10 < steps:
-                trainer.tallies[-1].tolist()                         # a GPU may be behind
-                pace = (time.perf_counter() - clock) / (step - logged)
-                left = datetime.timedelta(seconds=round(pace * (steps - step)))
+                left = datetime.timedelta(seconds=round(seconds / n_timed * (steps - step)))
                 bar.write(f"the other {steps - step:,} steps take about {left} at this speed")
             if step % log_every == 0:
-                sums, seconds = trainer.total_sums(), time.perf_counter() - clock
                 if rank == 0:
-                    speed = (step - logged) * settings["batch_size"] / seconds
+                    speed = n_timed * settings["batch_size"] / seconds
                     entry = log_entry(step, sums, settings, speed, waited / seconds)
                     with open(f"{out}/log.jsonl", "a") as file:
                         file.write(json.dumps(entry) + "\n")
                     bar.set_postfix_str(f"loss {entry['loss']:.4f}")
                 trainer.sums[:] = 0
             if step % log_every == 0 or step == first + 1:           # the first one compiles
-                clock, logged, waited = time.perf_counter(), step, 0.0
+                n_timed = seconds = waited = 0
 
-            paused = time.perf_counter()
             keep = settings["keep_every"] > 0 and step % settings["keep_every"] == 0
             if stop_requested or step == steps or keep or step % settings["ckpt_every"] == 0:
                 trainer.total_sums()                                 # are they finite?
@@ -376,7 +361,6 @@ def train(trainer, out):
                 return (signals or [signal.SIGTERM])[0]
             if rank == 0 and step % settings["preview_every"] == 0 and step < steps:
                 preview(trainer, out, f"sheet_{step:07d}.png")
-            clock += time.perf_counter() - paused
 
 
 @contextlib.contextmanager
@@ -433,21 +417,20 @@ def truncate_log(path, step):
     """Drop what a killed run logged after its checkpoint of that step, and a torn last line."""
     if os.path.exists(path):
         with open(path, "rb") as file:
-            whole = [line for line in file if line.endswith(b"\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
+            kept = [line for line in file
+                    if line.endswith(b"\n") and json.loads(line)["step"] <= step]
         run.write_whole(path, lambda file: file.writelines(kept))
 
 
 say_once = functools.cache(tqdm.write)                   # beside the progress bar
 
 
-def preview(trainer, out, name, rows=4):
+def preview(trainer, out, name):
     """Save a sheet of samples from the EMA, from the same noise at every call, up to ten classes,
     one a column; and the log's curves. What cannot be drawn it says: no reason to stop."""
-    ema, settings, meta = trainer.ema, trainer.settings, trainer.meta
-    columns = min(ema.n_classes, 10) or 10
-    y = data.classes_in_turn(columns * rows, min(ema.n_classes, 10))
-    x, z = sample.generate(ema, y, settings["sample_steps"], batch_size=columns * rows // 2,
+    ema, meta, columns = trainer.ema, trainer.meta, min(trainer.ema.n_classes, 10) or 10
+    y = data.classes_in_turn(4 * columns, min(ema.n_classes, 10))
+    x, z = sample.generate(ema, y, trainer.settings["sample_steps"], batch_size=2 * columns,
                            device=trainer.device, bf16=trainer.args.bf16)
     try:
         images = data.decode(x, meta, trainer.device)
@@ -504,34 +487,35 @@ def resolve(args, checkpoint=None):
     UserError for flags that contradict each other or the checkpoint."""
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     stored = checkpoint["settings"] if checkpoint else {}
-    unknown = [name for name in stored if name not in SETTINGS]
+    unknown = sorted(stored.keys() - SETTINGS.keys())
     if unknown:
         raise UserError(f"{args.out} was trained with {', '.join(unknown)}, which this code does "
                         "not know: take the code that began it, or choose another --out")
     if checkpoint:
         given.pop("init", None)
-        folder = given.get("data", stored.get("data", "digits"))
-        if not ("data" in given or folder == "digits" or os.path.isdir(folder)):
+        folder = stored.get("data", "digits")
+        if "data" not in given and folder != "digits" and not os.path.isdir(folder):
             raise UserError(f"the data of {args.out} are no longer in {folder}: give their new "
                             "place with --data")
-    chosen = {"model": SETTINGS["model"].paper, "data": "digits"} | stored | given
+    defaults = {name: default for name, (default, _, _) in SETTINGS.items()}
+    chosen = defaults | {"data": "digits"} | stored | given
     with run.blamed_on(f"--model {chosen['model']}", "the paper's is SiT-XL/2"):
         _, size, _ = model.parse_name(chosen["model"])
     is_tiny = size == "T" and (chosen["data"] == "digits" or
                                data.read_meta(chosen["data"]).get("name") == "digits")
-    settings = {name: setting.digits if is_tiny and setting.digits is not None else setting.paper
-                for name, setting in SETTINGS.items()} | stored
-    for name in given if checkpoint else ():
-        if SETTINGS[name].fixed and given[name] != settings[name]:
+    settings = defaults | (DIGITS if is_tiny else {}) | stored
+    for name in given:
+        if checkpoint and name not in CHANGEABLE and given[name] != settings[name]:
             raise UserError(f"--{name} {given[name]} contradicts the checkpoint's "
                             f"{settings[name]}; drop the flag, choose another --out, or --restart")
     settings |= given
     if settings["fusion"] == "none":
-        for name in ("z_channels", "lam_z", "p_drop_z"):
+        off = {"z_channels": 0, "lam_z": 0.0, "p_drop_z": 0.0}
+        for name in off:
             if given.get(name):
                 raise UserError(f"--{name} is about features z, and --fusion none has none; drop "
                                 "one of the two")
-        settings |= {"z_channels": 0, "lam_z": 0.0, "p_drop_z": 0.0}
+        settings |= off
     if settings["init"] and not checkpoint and not os.path.exists(settings["init"]):
         raise UserError(f"--init {settings['init']}: no such file")
     return settings
@@ -555,10 +539,9 @@ def main(args):
         checkpoint = pretrained.load_checkpoint(path, check=False) if path else None
         settings = resolve(args, checkpoint)
         check(settings, args.micro_batch_size)
-        if checkpoint and checkpoint["step"] + is_finished(out, checkpoint["step"]) \
-                > settings["steps"]:
-            raise UserError(f"{out} is done, with {checkpoint['step']} steps: raise --steps, or "
-                            "--restart")
+        done = checkpoint["step"] if checkpoint else 0
+        if done + is_finished(out, done) > settings["steps"]:
+            raise UserError(f"{out} is done, with {done} steps: raise --steps, or --restart")
         if rank == 0:
             data.open_data(settings["data"], settings["z_channels"])         # made by one
         run.gather(None)
@@ -571,8 +554,8 @@ def main(args):
         if rank == 0:
             if anew:                                       # the old run is kept
                 for pattern in ("ckpt*.pt", "ema_*.pt", "log.jsonl", "results.json"):
-                    for old in glob.glob(f"{glob.escape(out)}/{pattern}"):
-                        os.replace(old, f"{old}.old")
+                    for name in glob.glob(pattern, root_dir=out):
+                        os.replace(f"{out}/{name}", f"{out}/{name}.old")
             n_params = sum(param.numel() for param in trainer.net.parameters())
             print(f"{settings['model']} {settings['fusion']}, {n_params:,} parameters, on "
                   f"{trainer.dataset.n:,} images: steps {trainer.step} to {settings['steps']}, "
