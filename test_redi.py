@@ -1886,6 +1886,9 @@ def test_results_json_says_whether_a_run_is_finished_and_restart_keeps_it(
     with monkeypatch.context() as patch:
         patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
         refused(train, f"--out {out} --restart", "is done, with 8 steps")
+    checkpoint = torch.load(out / "ckpt.pt", weights_only=False)
+    torch.save(checkpoint | {"sums": [0] * 15}, tmp_path / "ckpt.pt")    # as older code logged
+    refused(train, f"--out {tmp_path} --steps 9", "the checkpoint in .* does not fit this code")
     names = ["ckpt.pt", "ckpt_prev.pt", "log.jsonl", "results.json"]
     before = [(out / name).read_bytes() for name in names]
     refused(train, f"--restart --lr 1e30 --steps 6 --batch_size 8 --out {out}", "became NaN")

@@ -217,9 +217,11 @@ class Trainer:
         self.step, self.sums, self.tallies = 0, np.zeros((2, len(LOGGED))), []
         if checkpoint:
             self.step = checkpoint["step"]
-            for name, part in self.parts.items():        # copied: AdamW would use the file's pages
-                part.load_state_dict(copy.deepcopy(checkpoint[name]))
-            self.sums += np.array(checkpoint["sums"]) * (rank == 0)
+            with run.blamed_on(f"the checkpoint in {args.out} does not fit this code",
+                               "take the code that began it, or choose another --out"):
+                for name, part in self.parts.items():    # copied: AdamW would use the file's pages
+                    part.load_state_dict(copy.deepcopy(checkpoint[name]))
+                self.sums += np.array(checkpoint["sums"]) * (rank == 0)
         net.grad_checkpointing = args.grad_checkpointing
         if args.compile:
             torch._dynamo.config.optimize_ddp = False    # it would cut the blocks into pieces
