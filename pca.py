@@ -167,7 +167,7 @@ def colours(z, z_std):
 
 def image_grid(kinds, columns, tile, gap=2, names=()):
     """A PIL image of tiles: kinds are lists of uint8 (h, w, 3) pictures, the i-th of each standing
-    one above the other; `columns` to a row, each enlarged or reduced to `tile` pixels. names, one
+    one above the other; `columns` to a row, each resized smoothly to `tile` pixels. names, one
     for each kind, stand on the left."""
     n, step = max(map(len, kinds)), tile + gap
     columns = min(columns, n)
@@ -179,7 +179,7 @@ def image_grid(kinds, columns, tile, gap=2, names=()):
     for k, kind in enumerate(kinds):
         top = gap + k * step
         for i, picture in enumerate(kind):
-            picture = Image.fromarray(picture).resize((tile, tile), Image.Resampling.NEAREST)
+            picture = Image.fromarray(picture).resize((tile, tile), Image.Resampling.BICUBIC)
             canvas.paste(picture, (left + i % columns * step, top + i // columns * row))
         if names:
             ImageDraw.Draw(canvas).text((2 * gap, top + tile / 2), names[k], "black", font, "lm")
