@@ -13,20 +13,19 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
 import threading
 import time
-import traceback
 import tracemalloc
 import types
 import zlib
@@ -87,6 +86,15 @@ def inputs(net, B=4, seed=0):
     return normal(B, net.x_channels, *size, seed=seed), z_t, t, y
 
 
+class Evil:
+    """Unpickled by a reader that runs code, it would make that folder."""
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
 def main(module, flags):
     """A script's command line in this process: quicker by torch's import."""
     module.main(module.parser().parse_args(flags.split()))
@@ -112,12 +120,6 @@ def start(command, folder):
 
 
 # run.py
-
-def test_generators_of_different_purposes_are_apart():
-    keys = [(0, "a", 0), (0, "a", 1), (0, "b", 0), (1, "a", 0)]
-    draws = [torch.rand(3, generator=run.generator(*key)).tolist() for key in keys * 2]
-    assert len({tuple(draw) for draw in draws}) == 4 and draws[:4] == draws[4:]
-
 
 def test_batches_are_read_ahead_in_order():
     made = []
@@ -179,14 +181,13 @@ def test_parts_are_shared_by_processes_and_what_a_killed_one_leaves_is_made(tmp_
     killed_at = None
     assert in_ranks(work, 2) == [0, 0]
     made = [json.loads(pathlib.Path(path).read_text()) for path in parts.paths]
-    assert made == [0, "made before", 1, 0, 0] and len(os.listdir(tmp_path)) == 5
+    assert made == [0, "made before", 1, 0, 0]
 
 
 @pytest.mark.parametrize("error, blamed, said", [
     (OSError("no\n" + 300 * "t"), r"--vae x \(no t{197}\.\.\.\); try y$", "error: no t{197}"),
     (OSError(errno.ENOSPC, "full"), "", "error: .* full; .* the same command continues"),
-    (OSError(errno.ENOMEM, "no memory"), "", "error: .* no memory"),
-    (UserError("--r 1"), "--r 1", "error: --r 1"), (MemoryError(), "", "error: out of memory"),
+    (UserError("--r 1"), "--r 1", "error: --r 1"),
     (torch.OutOfMemoryError("GPU 0"), "GPU 0", r"error: out of memory \(GPU 0\); .*--batch_size"),
     (RuntimeError("can't allocate memory"), "can't", "error: out of memory")])
 def test_what_stops_a_command_is_one_line_and_the_machines_trouble_is_no_flags_fault(
@@ -206,30 +207,26 @@ def test_flags_are_strict_and_refused_in_one_line(capsys):
     parser = run.Parser(prog="this.py")
     parser.flag("rate", 0.5, "of its default's type")
     parser.add_argument("--pairs", nargs="*", type=run.key_value)
-    parser.device_flags()
-    args = parser.parse_args("--rate 1 --pairs a=(1,2) b=c=d --bf16".split())
+    args = parser.parse_args("--rate 1 --pairs a=(1,2) b=c=d".split())
     assert args.rate == 1.0 and args.pairs == [("a", (1, 2)), ("b", "c=d")]
-    assert run.begin(args).type == "cpu" and args.bf16 and args.compile is False
-    for flags, said in (("--rate x", "--rate: invalid float value: 'x'"), ("--rat 1", "--rat 1"),
-                        ("--pairs a", "--pairs: a must be KEY=VALUE")):
-        with pytest.raises(SystemExit, match="2"):
-            parser.parse_args(flags.split())
-        assert re.fullmatch(f"error: .*{said}; this.py --help has the list\n",
-                            capsys.readouterr().err)
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--rat", "1"])
+    assert re.fullmatch("error: .*--rat 1; this.py --help has the list\n", capsys.readouterr().err)
 
 
 def test_a_command_says_names_that_its_terminal_lacks_and_ends_in_a_line_without_a_reader():
-    command = [sys.executable, "-c", "import run; "
-               "run.run_cli(lambda _: print(chr(9731), flush=True),"
-                                     " run.Parser().parse_args())"]
-    options = {"cwd": HERE, "env": os.environ | {"PYTHONIOENCODING": "ascii"}, "text": True}
-    done = subprocess.run(command, capture_output=True, **options)
-    assert done.stdout == "\\u2603\n" and done.returncode == 0
-    read, write = os.pipe()
+    program = ("import run; run.run_cli(lambda _: print(chr(9731), flush=True),"
+               " run.Parser().parse_args())")
+    read, closed = os.pipe()
     os.close(read)
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, **options)
-    os.close(write)
-    assert done.stderr == "error: nobody reads the output any more; the same command continues\n"
+    for output, printed, said in (
+            (subprocess.PIPE, "\\u2603\n", ""), (closed, None, "error: nobody reads the output "
+                                                 "any more; the same command continues\n")):
+        done = subprocess.run([sys.executable, "-c", program], stdout=output, cwd=HERE, text=True,
+                              env=os.environ | {"PYTHONIOENCODING": "ascii"},
+                              stderr=subprocess.PIPE)
+        assert (done.stdout, done.stderr) == (printed, said)
+    os.close(closed)
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "fid.py"])
@@ -244,25 +241,15 @@ def test_ctrl_c_while_importing_is_one_line(tmp_path, script):
 @pytest.mark.parametrize("module", [train, sample, data, fid, pca])
 def test_no_flag_is_torchruns(module):
     """torchrun takes what begins one of its own flags, even behind the script's name."""
-    parser, torchruns = module.parser(), torch.distributed.run.get_args_parser()
-    assert type(parser) is run.Parser
-    for flag in {flag for action in parser._actions[1:] for flag in action.option_strings}:
+    torchruns = torch.distributed.run.get_args_parser()
+    for flag in {flag for action in module.parser()._actions[1:] for flag in action.option_strings}:
         taken = torchruns.parse_args(["script.py", flag, "1"])
         assert [taken.training_script, *taken.training_script_args] == ["script.py", flag, "1"]
 
 
 # model.py
 
-def test_names_are_parsed_strictly():
-    assert model.parse_name("DiT-XL/8") == ("DiT", "XL", 8)
-    assert len(model.NAMES) == len(set(model.NAMES)) == 2 * 5 * 3
-    for wrong in ("SiT-XL2", "sit-XL/2", "SiT-XL/3", "SiT-H/2", "UNet", "SiT-XL/2 "):
-        with pytest.raises(ValueError, match="SiT-XL/2"):
-            model.build(wrong)
-
-
-@pytest.mark.parametrize("size, published", [("S", 32_883_504), ("B", 130_352_688),
-                                             ("L", 457_889_840), ("XL", 674_890_032)])
+@pytest.mark.parametrize("size, published", [("S", 32_883_504), ("XL", 674_890_032)])
 def test_parameter_counts_are_the_published_ones_and_a_bias(size, published):
     with torch.device("meta"):
         net = model.build(f"SiT-{size}/2", fusion="merged", r=8)
@@ -306,13 +293,6 @@ def test_modalities_meet_in_both_predictions_and_tokens_are_patches_in_their_pla
         assert changed[4:, :4].all() == reached and changed.sum() == 16 * reached
 
 
-def test_unconditional_nets_have_one_label_and_fusion_none_no_z():
-    net = model.build("DiT-T/2", "none", r=8, n_classes=0, x_channels=1, x_size=8)
-    assert net.y_embedder.embedding_table.weight.shape == (1, 128) and net.r == 0
-    pred_x, pred_z = net(normal(2, 1, 8, 8), None, torch.tensor([0, 999]), torch.zeros(2).long())
-    assert pred_x.shape == (2, 2, 8, 8) and pred_z is None
-
-
 class NoDoubles(torch.utils._python_dispatch.TorchDispatchMode):
     """Fails where a float64 tensor is made, as on Apple's GPUs; numpy's tables may begin so."""
     def __torch_dispatch__(self, function, classes, args=(), options=None):
@@ -332,17 +312,6 @@ def imagined_gpu():
         yield
 
 
-@pytest.mark.parametrize("name", ["SiT-T/2", "DiT-T/2"])
-@pytest.mark.parametrize("fusion", model.FUSIONS)
-def test_the_network_stays_on_its_device_without_float64(name, fusion):
-    """As losses do in train.py's tests, and solvers in sample.py's."""
-    net = tiny(name, fusion)
-    with imagined_gpu():
-        parts = [part if part is None else part.to("cuda") for part in inputs(net)]
-        preds = net.to("cuda")(*parts)
-        assert {pred.device.type for pred in preds if pred is not None} == {"cuda"}
-
-
 def test_flow_target_is_the_derivative_of_the_path():
     flow = model.Flow()
     x, eps = (normal(3, 2, 4, 4, seed=seed, dtype=DOUBLE) for seed in range(2))
@@ -354,27 +323,11 @@ def test_flow_target_is_the_derivative_of_the_path():
         assert torch.equal(flow.add_noise(x, eps, end), expected)
 
 
-@pytest.mark.parametrize("diffusion, t", [(model.Flow(), 0.3), (model.DDPM(), 300)])
-def test_denoised_and_score_follow_from_the_true_prediction(diffusion, t):
-    x, eps = normal(2, 3, 4, 4, dtype=DOUBLE), normal(2, 3, 4, 4, seed=1, dtype=DOUBLE)
-    x_t = diffusion.add_noise(x, eps, torch.full((2,), t))
-    pred = x - eps if diffusion.outputs == 1 else torch.cat([eps, eps], 1)
-    assert diffusion.denoised(pred, x_t, t).allclose(x, atol=1e-6)
-    if diffusion.outputs == 1:
-        assert diffusion.score(pred, x_t, t).allclose(-eps / (1 - t), atol=1e-6)
-
-
-def test_ddpm_has_the_published_schedule():
-    beta, ddpm = np.linspace(1e-4, 0.02, 1000), model.DDPM()
-    assert np.allclose(ddpm.alpha ** 2, np.cumprod(1 - beta), rtol=1e-12)
-    assert np.allclose(ddpm.beta, beta, rtol=1e-9)
-    assert ddpm.normalised_time(torch.tensor([0, 999])).tolist() == [1, 0]
-    assert ddpm.t_from_uniform(torch.tensor([0, 0.9999999])).tolist() == [0, 999]
-
-
-def test_vlb_is_the_kl_of_torch_distributions():
+def test_vlb_is_the_kl_of_torch_distributions_and_trains_the_variance_alone():
     """Against KL(Normal, Normal) on the textbook posterior, and exact bins of the CDF at t = 0."""
-    ddpm, t = model.DDPM(), torch.tensor([0, 0, 1, 10, 500, 999])
+    ddpm = model.DDPM()
+    t = ddpm.t_from_uniform(torch.tensor([0, 9e-4, 1e-3, 0.01, 0.5, 0.9999999]))
+    assert t.tolist() == [0, 0, 1, 10, 500, 999]
     x, eps, noise, out = (normal(6, 2, 4, 4, seed=s, dtype=DOUBLE) for s in range(4))
     x, pred_eps = x.clamp(-1, 1), eps + 0.1 * noise                      # many in the outer bins
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=DOUBLE)
@@ -398,14 +351,10 @@ def test_vlb_is_the_kl_of_torch_distributions():
     assert vlb[:2].allclose(nll[:2], rtol=2e-3)                          # the CDF's tanh form
     in_float32 = ddpm.vlb(*(part.float() for part in (pred_eps, out, x, eps)), t)
     assert in_float32.allclose(vlb.float(), rtol=1e-4)
-
-
-def test_the_bound_trains_the_variance_alone():
-    ddpm, x, eps = model.DDPM(), normal(2, 1, 4, 4), normal(2, 1, 4, 4, seed=1)
-    pred, t = normal(2, 2, 4, 4, seed=2).requires_grad_(), torch.tensor([0, 400])
+    pred = torch.cat([pred_eps, out], 1).requires_grad_()
     ddpm.loss(pred, x, eps, t).sum().backward()
-    assert pred.grad[:, :1].allclose(2 * (pred[:, :1] - eps) / 16)       # the squared error's alone
-    assert (pred.grad[:, 1:] != 0).all()
+    assert pred.grad[:, :2].allclose(2 * (pred_eps - eps) / 32)          # the squared error's alone
+    assert (pred.grad[:, 2:] != 0).any((1, 2, 3)).all()
 
 
 # pca.py
@@ -424,10 +373,9 @@ def test_moments_do_not_depend_on_batching(features):
         parts.merge(other.n, other.sum, other.outer)
     assert np.allclose(whole.mean, features.mean(0)) and np.allclose(whole.cov, np.cov(features.T))
     assert np.allclose(parts.cov, whole.cov, rtol=1e-4) and whole.n == parts.n == 500
-    with pytest.raises(ValueError, match="NaN"):
-        whole.update(np.full((1, 6), np.nan))
-    with pytest.raises(ValueError, match="2 rows"):
-        pca.Moments(6).update(features[:1]).cov
+    for rows, words in ((np.full((2, 6), np.nan), "NaN"), (features[:1], "2 rows")):
+        with pytest.raises(ValueError, match=words):
+            pca.Moments(6).update(rows).cov
 
 
 def test_pca_equals_scikit_learns(features):
@@ -441,8 +389,6 @@ def test_pca_equals_scikit_learns(features):
     assert np.allclose(ours.variance / ours.total_variance, theirs.explained_variance_ratio_)
     assert np.allclose(ours.project(features), theirs.transform(standard), atol=1e-8)
     assert np.allclose(ours.project(features).std(0, ddof=1), ours.z_std)
-    in_float32 = ours.to("cpu").project(torch.from_numpy(features).float())
-    assert in_float32.double().numpy() == pytest.approx(ours.project(features), abs=1e-3)
 
 
 def test_back_projection_undoes_projection(features):
@@ -469,23 +415,15 @@ def test_the_file_holds_everything_without_pickle(features, tmp_path):
     fitted.save(tmp_path / "pca.npz")
     loaded = pca.load(tmp_path / "pca.npz")
     assert all(np.array_equal(getattr(loaded, name), value) for name, value in vars(fitted).items())
-    assert (loaded.n, loaded.scale, loaded.encoder, loaded.weights) == (
-        500, 0.5, "some encoder", "its hash")
     (tmp_path / "half.npz").write_bytes((tmp_path / "pca.npz").read_bytes()[:300])
-    refused(pca, f"{tmp_path}/half.npz", "half.npz is no PCA file")
     np.savez(tmp_path / "code.npz", **vars(fitted) | {"mean": np.array([print])})
-    refused(pca, f"{tmp_path}/code.npz", "code.npz is no PCA file")
-    refused(pca, f"{tmp_path}/none.npz", "none.npz is no PCA file.*No such file")
+    for name in ("half", "code", "none"):
+        refused(pca, f"{tmp_path}/{name}.npz", f"{name}.npz is no PCA file")
 
 
 def test_the_authors_file_is_converted_without_running_it(features, tmp_path):
     """A file made as theirs is, by torch.save of a fitted scikit-learn PCA, projects as theirs."""
     from sklearn.decomposition import PCA
-
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "evil"),)
-
     mean, std = features.mean(0) + 0.1, features.std(0) * 0.9            # theirs are off, too
     theirs = PCA().fit((features - mean) / std)
     stats = {"pca_model": theirs, "mean": mean.astype(np.float32), "std": std.astype(np.float32)}
@@ -496,7 +434,7 @@ def test_the_authors_file_is_converted_without_running_it(features, tmp_path):
     assert np.allclose(ours.z_std, expected.std(0, ddof=1)) and ours.n == 500
     assert ours.encoder == pca.DINOV2 and ours.scale == 1
     for wrong, words in (({"std": 0 * std}, "its arrays do not fit"),
-                         ({"mean": Evil()}, "mkdir, which is not admitted")):
+                         ({"mean": Evil(tmp_path / "evil")}, "mkdir, which is not admitted")):
         torch.save(stats | wrong, tmp_path / "official.pth")
         refused(pca, f"--from_official {tmp_path}/official.pth", words)
     assert not (tmp_path / "evil").exists()
@@ -579,10 +517,6 @@ def test_the_network_equals_the_authors(family, fusion):
 
 
 def test_published_variances_are_left_out_and_what_is_no_net_is_said(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "ran"),)
-
     with_sigma = published("SiT", 3, learn_sigma=True)
     net = pretrained.load_published(with_sigma)
     assert type(net.diffusion) is model.Flow and net.r == 3
@@ -592,10 +526,9 @@ def test_published_variances_are_left_out_and_what_is_no_net_is_said(tmp_path):
     plain, path = published("SiT", 0), str(tmp_path / "weights.pt")
     poor = {name: value for name, value in plain.items() if name != "blocks.0.mlp.fc1.bias"}
     for weights, name, words in (
-            (plain, None, "look alike"), (plain, "DiT-T/2", "take SiT"), (Evil(), None, "it holds"),
-            (plain, "SiT-S/2", "is SiT-T/2"), ([1], None, "no state dict but a list"),
+            (plain, None, "look alike"), (plain, "DiT-T/2", "take SiT"),
+            (plain, "SiT-S/2", "is SiT-T/2"), (Evil(tmp_path / "ran"), None, "it holds"),
             (plain | {"blocks.4.attn.qkv.weight": torch.ones(1)}, "SiT-T/2", "5 blocks"),
-            (plain | {"x_embedder.proj.weight": torch.ones(1)}, None, "not enough values"),
             ({"ema": None, "step": 3}, None, "found ema, step, needed x_embedder.proj.weight, pos"),
             (poor | {"q": torch.ones(1)}, "SiT-T/2", "found q, needed blocks.0.mlp.fc1.bias")):
         torch.save(weights, path)
@@ -605,37 +538,41 @@ def test_published_variances_are_left_out_and_what_is_no_net_is_said(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "net.module._orig_mod."])
 @pytest.mark.parametrize("wrap", [
-    lambda bare, other: {"ema": None, "model": bare, "optimizer": {"state": {0: other}}},
-    lambda bare, other: {"model": other, "ema": bare}, lambda bare, other: {"state_dict": bare},
-    lambda bare, other: {"model": {f"_orig_mod.{name}": bare[name] for name in bare}},
-    lambda bare, other: {f"module.{name}": bare[name] for name in bare},
-    lambda bare, other: {"ema": {f"module._orig_mod.{name}": bare[name] for name in bare}},
-    lambda bare, other: {f"_orig_mod.module.{name}": bare[name] for name in bare},
-    lambda bare, other: {"state_dict": {f"net.{name}": bare[name] for name in bare}},
-    lambda bare, other: {name.replace("blocks.0.", "blocks.0._orig_mod."): bare[name]
-                         for name in bare},
-    lambda bare, other: {"ema": bare | {"projectors.0.0.weight": torch.ones(3, 3)}}])
-def test_weights_are_found_wherever_a_file_has_them(tmp_path, wrap):
+    lambda ours, other: {"ema": None, "model": ours, "optimizer": {"state": {0: other}}},
+    lambda ours, other: {"model": other, "ema": ours}, lambda ours, other: {"state_dict": ours},
+    lambda ours, other: ours])
+def test_weights_are_found_wherever_a_file_has_them(tmp_path, wrap, prefix):
     """Averaged ones before others; without prefixes and REPA's projectors."""
     bare, path = published("SiT", 3), str(tmp_path / "weights.pt")
-    torch.save(wrap(bare, {name: value + 1 for name, value in bare.items()}), path)
+    ours, other = ({prefix + name.replace("blocks.0.", "blocks.0._orig_mod."): value + change
+                    for name, value in bare.items()} for change in (0, 1))
+    ours[f"{prefix}projectors.0.0.weight"] = torch.ones(3, 3)
+    torch.save(wrap(ours, other), path)
     net, _ = pretrained.load_model(path)
     assert pretrained.weights_hash(net) == pretrained.weights_hash(pretrained.load_published(bare))
 
 
-def test_a_config_of_older_code_is_filled_up_and_of_newer_code_refused(tmp_path):
-    net, path = tiny(r=8, x_channels=4, x_size=32), str(tmp_path / "ckpt.pt")
-    content = {"settings": {}, "meta": {}, "step": 1, "ema": net.state_dict()}
-    for config, words in ((net.config, ""), ({"name": "SiT-T/2", "n_classes": 10}, ""),
-                          (net.config | {"rope": 1, "qk": 2}, "has rope, qk in its config"),
-                          ({"name": "SiT-T/2"}, "size mismatch for y_embedder")):
-        torch.save(content | {"config": config}, path)
-        if words:
-            with pytest.raises(UserError, match=words):
-                pretrained.load_model(path)
-        else:
-            assert pretrained.load_model(path)[1]["config"] == net.config
+@pytest.mark.parametrize("change, words", [
+    ({}, ""), ({"config": {"name": "SiT-T/2", "n_classes": 10}}, ""), ({"ema": None}, "no ema"),
+    ({"meta": None}, "no meta"), ({"settings": None}, "no settings"),
+    ({"config": {"name": "SiT-T/2", "rope": 1, "qk": 2}}, "has rope, qk in its config"),
+    ({"config": {"fusion": "merged"}}, "lacks name"),
+    ({"config": {"name": "SiT-T/2"}}, "size mismatch for y_embedder")])
+def test_our_checkpoints_take_defaults_if_older_and_say_what_does_not_fit(tmp_path, change, words):
+    """Their weights may have prefixes, too."""
+    net, path = tiny(r=8, x_channels=4, x_size=32), str(tmp_path / "snapshot.pt")
+    rest = {"settings": {}, "meta": {"vae": None}, "step": 1}
+    weights = {f"module.{name}": value for name, value in net.state_dict().items()}
+    torch.save(rest | {"config": net.config, "ema": weights} | change, path)
+    if words:
+        with pytest.raises(UserError, match=words):
+            pretrained.load_model(path)
+    else:
+        loaded, metadata = pretrained.load_model(path)
+        assert pretrained.weights_hash(loaded) == pretrained.weights_hash(net)
+        assert metadata == rest | {"config": net.config}
 
 
 @pytest.mark.parametrize("family", ["SiT", "DiT"])
@@ -653,12 +590,7 @@ def test_a_plain_published_net_goes_on_with_redi_unchanged_at_step_0(tmp_path, f
     assert net.final_layer.linear_z.bias.grad.any()                     # and it learns
 
 
-def test_a_start_takes_our_checkpoint_redis_own_and_other_classes(tmp_path):
-    ours, keys = tiny(), {"settings": {}, "meta": {}, "step": 1}
-    torch.save(keys | {"config": ours.config, "ema": ours.state_dict()}, tmp_path / "ckpt.pt")
-    loaded, metadata = pretrained.load_model(str(tmp_path / "ckpt.pt"))
-    assert pretrained.weights_hash(loaded) == pretrained.weights_hash(ours)
-    assert metadata == keys | {"config": ours.config}
+def test_a_start_takes_redis_own_weights_and_other_classes():
     redi = pretrained.load_published(published("SiT", 3))
     net = model.build("SiT-T/2", "separate", 3, 7, 4, 16)               # a larger image, too
     fresh = net.y_embedder.embedding_table.weight.clone()
@@ -666,47 +598,46 @@ def test_a_start_takes_our_checkpoint_redis_own_and_other_classes(tmp_path):
     table = net.y_embedder.embedding_table.weight
     assert torch.equal(table, torch.cat([fresh[:-1], redi.y_embedder.embedding_table.weight[-1:]]))
     assert torch.equal(net.blocks[3].mlp.fc2.weight, redi.blocks[3].mlp.fc2.weight)
-    for args, words in ((("SiT-T/2", "merged", 4, 10, 4, 8), "3 channels of z, this run 4: take"),
-                        (("DiT-T/2", "merged", 3, 10, 4, 8), "DiT cannot become SiT"),
-                        (("SiT-S/2", "merged", 3, 10, 4, 8), "another model than"),
-                        (("SiT-T/2", "merged", 3, 10, 2, 8), "x_embedder.proj.weight is")):
+    for name, r, x_channels, words in (
+            ("SiT-T/2", 4, 4, "3 channels of z, this run 4: take"),
+            ("DiT-T/2", 3, 4, "DiT cannot become SiT"), ("SiT-S/2", 3, 4, "another model than"),
+            ("SiT-T/2", 3, 2, "x_embedder.proj.weight is")):
         with pytest.raises(ValueError, match=words):
-            pretrained.load_pretrained(model.build(*args), redi)
+            pretrained.load_pretrained(model.build(name, "merged", r, 10, x_channels, 8), redi)
 
 
-def test_the_hub_is_asked_for_the_one_file_of_weights(monkeypatch, tmp_path):
+def test_the_hub_is_asked_once_for_the_one_file_of_weights(monkeypatch, tmp_path):
     """Online; and without internet in its cache, laid out here as the hub's client does."""
     import huggingface_hub as hub
     import huggingface_hub.constants
-    names = ["README.md", "sub/net.pt"]
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     with monkeypatch.context() as patch:
         patch.setattr(pretrained, "hub_answers", lambda: True)
-        patch.setattr(hub.HfApi, "list_repo_files", lambda self, repository: names[:])
+        patch.setattr(hub.HfApi, "list_repo_files", lambda *_: ["README.md", "sub/net.pt"])
         patch.setattr(hub, "hf_hub_download", lambda *args: args)
         assert pretrained.from_hub("zelaki/SiT-ReDi-XL-2") == ("zelaki/SiT-ReDi-XL-2", "sub/net.pt")
-    tries = []
+    tries, hub_answers = [], functools.cache(pretrained.hub_answers.__wrapped__)
+    monkeypatch.setattr(pretrained, "hub_answers", hub_answers)
     monkeypatch.setattr(hub, "get_session", lambda: tries.append(1) or 1 / 0)
-    pretrained.hub_answers.cache_clear()
-    snapshot = tmp_path / "models--someone--net/snapshots" / ("a" * 40)
-    for path, text in ((snapshot / "README.md", ""), (snapshot / "net.safetensors", "weights"),
-                       (tmp_path / "models--someone--net/refs/main", snapshot.name)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    with pytest.raises(UserError, match="no file here.* the hub .it does not answer.*give "
-                                        "their path"):
-        pretrained.load_model("zelaki/SiT-ReDi-XL-2")
+    repository = tmp_path / "models--someone--net"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    for folder in (snapshot, repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs/main").write_text(snapshot.name)
+    (snapshot / "net.safetensors").write_text("weights")
     assert pretrained.from_hub("someone/net") == str(snapshot / "net.safetensors")
     (snapshot / "net_2.pt").write_text("others")
     start = time.monotonic()                               # its client's own tries take a minute
-    for ask, words in ((lambda: pretrained.load_model("someone/net"), "2 files of weights"),
-                       (lambda: pretrained.VAE("someone/vae"), "cannot be loaded.*does not answer"),
-                       (lambda: pretrained.Encoder(pca.DINOV2, 32), "--encoder vit.*used so")):
+    for ask, words in (
+            (lambda: pretrained.load_model("someone/net"), "2 files of weights"),
+            (lambda: pretrained.load_model("zelaki/SiT-ReDi-XL-2"),
+             "no file here.* the hub .it does not answer.*give their path"),
+            (lambda: pretrained.VAE("someone/vae"), "cannot be loaded.*does not answer"),
+            (lambda: pretrained.Encoder(pca.DINOV2, 32), "--encoder vit.*used so")):
         with pytest.raises(UserError, match=words):
             ask()
     assert tries == [1] and time.monotonic() - start < 30
-    pretrained.hub_answers.cache_clear()
 
 
 def test_a_vae_of_half_precision_alone_is_loaded_in_float32(photos, tmp_path):
@@ -732,11 +663,6 @@ def test_a_vaes_own_scale_and_shift_are_used_once(photos, tmp_path):
         assert vae.decode(scaled).allclose(vae.vae.decode(raw).sample, atol=1e-4)
     assert data.mean_square(raw.numpy(), False, vae.scale, vae.shift) == pytest.approx(
         scaled.square().mean((0, 2, 3)).numpy(), rel=1e-4)
-    with imagined_gpu():                                   # the scale goes where the latents are
-        vae.vae.to("cuda")
-        decoded = vae.decode(pretrained.scaled(raw.to("cuda"), vae.scale, vae.shift))
-        assert decoded.device.type == "cuda" and decoded.shape == (3, 3, 8, 8)
-    pretrained._channels.cache_clear()                     # of imagined tensors
 
 
 def dino(photos):
@@ -773,30 +699,24 @@ def test_a_convnets_level_is_timms_intermediate_of_its_own_pipeline(tmp_path):
         theirs = net.forward_intermediates(transform(Image.fromarray(image))[None], indices=[3],
                                            intermediates_only=True)[0]
     images = data.from_uint8(torch.from_numpy(image).permute(2, 0, 1)[None])
-    encoder, other = (pretrained.Encoder("mobilenetv2_050", 64, 3, weights, settings | more)
-                      for more in ({}, {"mean": 0.5, "std": 1}))
+    encoder = pretrained.Encoder("mobilenetv2_050", 64, 3, weights, settings)
     assert theirs.shape == (1, 48, 4, 4) and encoder.grid == [4, 4]
     assert encoder.features(images).allclose(theirs, atol=1e-4)
-    assert not other.features(images).allclose(theirs, atol=1e-2)
-    assert other.name == "mobilenetv2_050 level 3 bn_eps=0.001 mean=0.5 pad_type=same std=1"
+    assert encoder.name == "mobilenetv2_050 level 3 bn_eps=0.001 pad_type=same"
 
 
-def test_vaes_and_encoders_compute_in_full_precision_and_leave_the_switches(photos):
-    def switches():
-        return cudnn.enabled, cudnn.allow_tf32, cudnn.deterministic
-
+def test_vaes_and_encoders_compute_in_full_precision(photos, monkeypatch):
     cudnn, seen, images = torch.backends.cudnn, [], normal(1, 3, 32, 32)
     vae, encoder = pretrained.VAE(str(photos / "vae")), dino(photos)
     for net in (vae.vae.encoder, encoder.net.patch_embed):
-        net.register_forward_pre_hook(lambda *_: seen.append(switches()))
-    with cudnn.flags(enabled=False, allow_tf32=True, deterministic=False):
-        vae.encode(images)
-        encoder.features(images)
-        assert switches() == (False, True, False) and seen == [(True, False, True)] * 2
+        net.register_forward_pre_hook(lambda *_: seen.append(cudnn.allow_tf32))
+    monkeypatch.setattr(cudnn, "allow_tf32", True)
+    vae.encode(images)
+    encoder.features(images)
+    assert seen == [False, False] and cudnn.allow_tf32
 
 
-def test_weights_that_do_not_fit_are_refused_and_too_little_memory_blames_no_flag(
-        photos, tmp_path, monkeypatch):
+def test_weights_that_do_not_fit_are_refused(photos, tmp_path):
     """Neither timm without a head nor diffusers would say so: the rest would stay random."""
     import safetensors.torch
     import timm
@@ -811,79 +731,53 @@ def test_weights_that_do_not_fit_are_refused_and_too_little_memory_blames_no_fla
     safetensors.torch.save_file(weights, path, {"format": "pt"})
     with pytest.raises(UserError, match="lack or do not fit decoder.conv_out.weight"):
         pretrained.VAE(str(tmp_path / "vae"))
-    monkeypatch.setattr(timm, "create_model", lambda *_, **options: bytearray(1 << 62))
-    with pytest.raises(MemoryError):
-        dino(photos)
-
-
-
-
-@pytest.mark.parametrize("change, words", [
-    ({"ema": None}, "no ema"), ({"meta": None}, "no meta"),
-    ({"settings": None}, "no settings"), ({"config": {"fusion": "merged"}}, "lacks name")])
-def test_a_checkpoint_of_ours_says_what_it_lacks_and_may_have_prefixes(tmp_path, change, words):
-    net, path = tiny(), str(tmp_path / "snapshot.pt")
-    whole = {"config": net.config, "settings": {}, "meta": {"vae": None}, "step": 1,
-             "ema": {f"module.{name}": value for name, value in net.state_dict().items()}}
-    torch.save(whole, path)
-    loaded, _ = pretrained.load_model(path)
-    assert all(map(torch.equal, loaded.state_dict().values(), net.state_dict().values()))
-    torch.save(whole | change, path)
-    with pytest.raises(UserError, match=words):
-        pretrained.load_model(path)
 
 
 # data.py
 
 ENCODER = "vit_base_patch14_reg4_dinov2 --encoder_kwargs depth=2 embed_dim=48 num_heads=3"
-BAD = ["a/cut.jpg", "b/empty.png", "b/notes.txt"]
+BAD = ["b/empty.png", "b/notes.txt", "c/cut.jpg"]
 
 
 def in_ranks(work, n_ranks=1):
-    """work() in forked processes that find each other as torchrun's do, one thread each: their exit
-    codes. If one is killed so are the others; if one ends with an error they have ten seconds."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pids = [forked(work, {"RANK": str(rank), "WORLD_SIZE": str(n_ranks), "MASTER_PORT": str(port),
-                          "MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": str(n_ranks)})
-            for rank in range(n_ranks)]
-    codes, deadline = {}, float("inf")
-    while len(codes) < n_ranks:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid in pids:
-            codes[pid] = os.waitstatus_to_exitcode(status)
-            if codes[pid]:
-                deadline = min(deadline, time.monotonic() + 10 * (codes[pid] > 0))
-        for other in set(pids) - set(codes) if time.monotonic() > deadline else ():
-            os.kill(other, signal.SIGKILL)
+    """work() in forked processes that find each other as torchrun's do: their exit codes. If one is
+    killed so are the others; if one ends with an error they have ten seconds."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        _, port = free.getsockname()
+    processes = [forked(work, RANK=rank, WORLD_SIZE=n_ranks, LOCAL_WORLD_SIZE=n_ranks,
+                        MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(n_ranks)]
+    deadline = float("inf")
+    while any(process.is_alive() for process in processes):
+        codes = [process.exitcode or 0 for process in processes]
+        if any(codes):                                                   # a signal's is negative
+            deadline = min(deadline, time.monotonic() + 10 * (min(codes) == 0))
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
         time.sleep(0.01)
-    return [codes[pid] for pid in pids]
+    return [process.exitcode for process in processes]
 
 
-def forked(work, environment):
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
+def forked(work, **environment):
+    """A process, started, that does work() with one thread."""
+    def child():
         torch.set_num_threads(1)                                         # OpenMP survives no fork
         data.tqdm.set_lock(threading.RLock())              # else shared: one who is killed keeps it
-        os.environ |= environment
+        os.environ |= {name: str(value) for name, value in environment.items()}
         work()
-        os._exit(0)
-    except SystemExit as error:
-        os._exit(error.code if isinstance(error.code, int) else 1)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
 
 
 def torchrun(command):
     """torchrun with two processes, quicker by its own import of torch: its exit code."""
     script, *flags = command.split()
     arguments = ["--standalone", "--nproc_per_node=2", str(HERE / script), *flags]
-    pid = forked(lambda: torch.distributed.run.main(arguments), {"OMP_NUM_THREADS": "1"})
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    process = forked(lambda: torch.distributed.run.main(arguments), OMP_NUM_THREADS=1)
+    process.join()
+    return process.exitcode
 
 
 def photo(width, height, seed):
@@ -909,10 +803,9 @@ def photos(tmp_path_factory):
         image = Image.fromarray(photo(40 + 9 * i, 100 - 4 * i, i)).convert(mode)
         image.save(f"{path}.{'JPEG' if i < 6 else 'png' if i < 10 else 'tiff'}", exif=exif)
     shutil.copytree(folder / "photos", folder / "bad")
-    (folder / "bad" / BAD[0]).write_bytes((folder / "bad/a/00.JPEG").read_bytes()[:900])
-    (folder / "bad" / BAD[1]).write_bytes(b"")
-    (folder / "bad" / BAD[2]).write_text("no image")
-    (folder / "bad/.DS_Store").write_bytes(b"hidden")
+    cut = (folder / "photos/a/00.JPEG").read_bytes()[:900]
+    for name, content in zip((*BAD, ".DS_Store"), (b"", b"no image", cut, b"hidden")):
+        (folder / "bad" / name).write_bytes(content)
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
@@ -931,9 +824,9 @@ def preparing(photos, out, *more, images="photos", kwargs=ENCODER.partition(" ")
             f"--r_keep 6 --batch_size 4 --workers 2 --vae_scale 1.5 {' '.join(more)}")
 
 
-def prepare(photos, out, *more, **options):
+def prepare(photos, out, *more):
     """python data.py --images ... in this process, which has torch, timm and diffusers by now."""
-    main(data, preparing(photos, out, *more, **options))
+    main(data, preparing(photos, out, *more))
     return data.LatentDataset(str(out))
 
 
@@ -948,11 +841,14 @@ def content(folder):
             for path in pathlib.Path(folder).rglob("*") if path.is_file() and path.name != ".lock"}
 
 
+def image_files(photos):
+    """Every photograph, in the order of the prepared rows."""
+    return sorted((photos / "photos").rglob("*.*"))
+
+
 def network_inputs(photos):
     """Every photograph as the networks see it, in the order of the prepared rows."""
-    files, _, _ = data.list_images(str(photos / "photos"))
-    images = np.stack([data.load_image(photos / "photos" / os.fsdecode(file), 32)
-                       for file in files])
+    images = np.stack([data.load_image(path, 32) for path in image_files(photos)])
     return data.from_uint8(torch.from_numpy(images).permute(0, 3, 1, 2))
 
 
@@ -992,9 +888,6 @@ def test_z_is_its_first_channels_resized_bilinearly_without_aligned_corners(digi
     row = 0.75 * grid[:, :, 1] + 0.25 * grid[:, :, 2]
     assert z[:, :, 3, 3].allclose(0.75 * row[:, :, 1] + 0.25 * row[:, :, 2], atol=1e-5)
     assert z[:, :, 0, 0].allclose(grid[:, :, 0, 0], atol=1e-5)
-    two, none = (data.LatentDataset(digits.folder, r) for r in (2, 0))
-    assert torch.equal(two.read(rows)[1], stored[1][:, :2])
-    assert none.unpack(none.read(rows))[1] is None
 
 
 def test_every_epoch_visits_every_row_once_in_another_order():
@@ -1005,15 +898,6 @@ def test_every_epoch_visits_every_row_once_in_another_order():
     assert not torch.equal(first, second)
     assert torch.equal(torch.cat([data.rows_of_step(0, step, 5, n) for step in range(4)]), stream)
     assert not torch.equal(data.rows_of_step(1, 0, n, n), first)
-
-
-def test_uint8_rounds_as_adm_does():
-    x = torch.linspace(-1.2, 1.2, 1000)
-    adm = ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)                # guided-diffusion
-    dit = torch.clamp(127.5 * x + 128.0, 0, 255).to(torch.uint8)         # DiT, which we follow
-    assert torch.equal(data.to_uint8(x), dit) and (dit.int() - adm.int()).abs().max() <= 1
-    every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(data.to_uint8(data.from_uint8(every)), every)
 
 
 def test_images_are_upright_rgb_and_cropped_as_adm_does(photos, tmp_path):
@@ -1033,8 +917,6 @@ def test_images_are_upright_rgb_and_cropped_as_adm_does(photos, tmp_path):
     exif[0x0112] = 5
     Image.fromarray(grey).save(tmp_path / "0.tiff", exif=exif)           # which Pillow maps
     assert np.array_equal(data.load_image(tmp_path / "0.tiff")[..., 2], grey.T)
-    sizes = {data.load_image(path, 16).shape for path in (photos / "photos").rglob("*.*")}
-    assert sizes == {(16, 16, 3)}                                        # of every mode
 
 
 def test_values_of_other_ranges_are_scaled_or_refused_by_name(tmp_path):
@@ -1042,15 +924,13 @@ def test_values_of_other_ranges_are_scaled_or_refused_by_name(tmp_path):
     for name in ("16.png", "16.tiff"):
         Image.fromarray(deep).save(tmp_path / name)
     (tmp_path / "16.pgm").write_bytes(b"P5 32 32 65535\n" + deep.astype(">u2").tobytes())
-    a, b = (deep.ravel()[i::2].astype(int) >> 4 for i in (0, 1))         # 12 bits: two in 3 bytes
-    packed = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], 1).astype(np.uint8).tobytes()
-    tags = {256: 32, 257: 32, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 32, 279: len(packed)}
-    (tmp_path / "12.tiff").write_bytes(
-        b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + struct.pack("<H", len(tags))
-        + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-        + bytes(4))
-    for path in sorted(tmp_path.iterdir()):
+    for path in tmp_path.iterdir():
         assert np.array_equal(data.load_image(path)[..., 1], deep >> 8), path
+    Image.frombytes("L", (48, 32), b"\xab\xca\xbc" * 512).save(tmp_path / "12.tiff")
+    tiff = bytearray((tmp_path / "12.tiff").read_bytes())
+    tiff[18], tiff[42] = 32, 12                            # its width, and bits of each value 0xabc
+    (tmp_path / "12.tiff").write_bytes(tiff)
+    assert np.array_equal(data.load_image(tmp_path / "12.tiff"), np.full((32, 32, 3), 0xab))
     for dtype, mode in ((np.int32, "I"), (np.float32, "F")):
         Image.fromarray(deep.astype(dtype)).save(tmp_path / "wide.tiff")
         with pytest.raises(ValueError, match=f"TIFF of mode {mode} does not say"):
@@ -1062,7 +942,7 @@ def test_damaged_metadata_spoil_no_image(tmp_path):
     exif.update({0x0112: 6, 0x010f: "maker", 0x011a: 72.0, 0x8769: {0x9003: "2020"}})
     for kind in ("png", "jpeg"):
         shapes = []
-        for i in range(200):
+        for _ in range(200):
             damaged = bytearray(exif.tobytes())
             damaged[rng.integers(6, len(damaged))] = rng.integers(256)
             Image.fromarray(pixels).save(tmp_path / f"0.{kind}", exif=bytes(damaged))
@@ -1070,36 +950,30 @@ def test_damaged_metadata_spoil_no_image(tmp_path):
         assert set(shapes) == {(40, 30, 3), (30, 40, 3)} and shapes.count((40, 30, 3)) > 150
 
 
-def test_a_tar_and_a_tar_of_tars_are_read_as_the_folder_is(photos, prepared, tmp_path):
+def test_a_tar_and_a_tar_of_tars_are_read_as_the_folder_is(photos, tmp_path):
     files, y, classes = data.list_images(str(photos / "photos"))
     with tarfile.open(tmp_path / "flat.tar", "w") as flat, \
-            tarfile.open(tmp_path / "photos.tar", "w") as nested:
-        flat.add(photos / "photos", "data/train")
+            tarfile.open(tmp_path / "nested.tar", "w") as nested, \
+            tarfile.open(tmp_path / "small.tar.gz", "w:gz") as packed:
+        for archive in (flat, packed):
+            archive.add(photos / "photos", "data/train")
         flat.add(photos / "bad/.DS_Store", "data/train/a/._00.JPEG")
         for name in "bca":                                               # ImageNet's: one a class
             with tarfile.open(tmp_path / f"{name}.tar", "w") as inner:
                 inner.add(photos / "photos" / name, ".")
             nested.add(tmp_path / f"{name}.tar", f"./{name}.tar")
-    for path in (tmp_path / "flat.tar", tmp_path / "photos.tar"):
+    for path in (tmp_path / "flat.tar", tmp_path / "nested.tar"):
         names, of_tar, named, read = data.open_images(str(path))
         assert (names.tolist(), of_tar.tolist(), named) == (files.tolist(), y.tolist(), classes)
-        for name in names:
-            file = (photos / "photos" / os.fsdecode(name)).read_bytes()
-            assert read(name).getvalue() == file
-    prepare(photos, tmp_path / "out", f"--images {tmp_path / 'photos.tar'}")
-    ours, of_folder = content(tmp_path / "out"), content(photos / "prepared")
-    ours["meta.json"] = ours["meta.json"].replace(b"photos.tar", b"photos")
-    assert ours == of_folder
+        for name, file in zip(names, image_files(photos), strict=True):
+            assert read(name).getvalue() == file.read_bytes()
     (tmp_path / "cut.tar").write_bytes((tmp_path / "flat.tar").read_bytes()[:5000])
-    with tarfile.open(tmp_path / "small.tar.gz", "w:gz") as archive:
-        archive.add(photos / "photos", "data")
-    for name in ("cut.tar", "small.tar.gz", "cut.tar/none"):
+    for name in ("cut.tar", "small.tar.gz"):
         refused(data, preparing(photos, tmp_path / "no", f"--images {tmp_path / name}"),
                 f"{name} is no folder")
 
 
 def test_a_hub_data_set_needs_its_package(photos, tmp_path, monkeypatch):
-    given = preparing(photos, tmp_path / "out", f"--images hfds/{photos / 'photos'}")
     if importlib.util.find_spec("datasets"):
         monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -1107,9 +981,9 @@ def test_a_hub_data_set_needs_its_package(photos, tmp_path, monkeypatch):
         assert classes == ["a", "b", "c"] and sorted(y) == [0] * 4 + [1] * 4 + [2] * 3
         first = data.load_image(photos / "photos/a/00.JPEG")
         assert np.array_equal(data.load_image(read(names[0])), first)
-        refused(data, f"{given}_none", "photos_none .*; hfds/NAME is a data set")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    refused(data, given, "needs a package: pip install datasets")
+    refused(data, preparing(photos, tmp_path / "out", "--images hfds/cifar10"),
+            "needs a package: pip install datasets")
 
 
 @pytest.mark.parametrize("grey", ["", "--grey"])
@@ -1120,57 +994,36 @@ def test_without_a_vae_x_are_the_pixels(photos, tmp_path, grey):
     main(data, given)
     ours = data.LatentDataset(str(tmp_path / "out"))
     x, z, _, _ = ours.unpack(ours.read(range(11)))
-    files = [photos / "photos" / name for name in (tmp_path / "out/files.txt").read_text().split()]
-    images = np.stack([data.load_image(file, 20, bool(grey)) for file in files])
+    images = np.stack([data.load_image(path, 20, bool(grey)) for path in image_files(photos)])
     assert np.array_equal(data.decode(x, ours.meta), images) and z.shape == (11, 6, 20, 20)
-    assert x.shape == (11, 1 if grey else 3, 20, 20) and ours.meta["vae"] is None
-    alike = (images[..., :1] == images).all()
-    assert alike if grey else not alike
-    assert np.array_equal(data.encode_images(files, ours)[0], images)
-    refused(data, f"{given} --size 21", "multiple of 2")
+    assert x.shape == (11, 1 if grey else 3, 20, 20)
+    assert (images[..., :1] == images).all() == bool(grey)
+    assert np.array_equal(data.encode_images(image_files(photos), ours)[0], images)
     if grey:
         refused(data, given.replace("--vae none", ""), "--grey is for --vae none")
 
 
-def test_one_thread_at_a_time_opens_a_shard(prepared, monkeypatch):
-    """Python 3.11 fails where two threads parse .npy headers (AST recursion depth mismatch)."""
-    load, opening = np.load, []
-
-    def slow(*args, **options):
-        opening.append(1)
-        time.sleep(0.01)
-        assert len(opening) == 1
-        opening.pop()
-        return load(*args, **options)
-
-    monkeypatch.setattr(np, "load", slow)
-    assert len(list(run.prefetch(lambda _: prepared.open_shard(0), range(8)))) == 8
-
-
 def test_z_of_new_images_is_made_as_the_stored_ones_were(photos, prepared, digits, tmp_path):
     """Of photographs, and of digits after their folder has moved."""
-    files = [photos / "photos" / os.fsdecode(name)
-             for name in data.list_images(str(photos / "photos"))[0]]
-    four = data.LatentDataset(prepared.folder, 4)
+    four, files = data.LatentDataset(prepared.folder, 4), image_files(photos)
     images, z = data.encode_images(files, four)
     assert np.array_equal(images[1], data.load_image(files[1], 32)) and z.dtype == torch.float32
     assert z.allclose(four.unpack(four.read(range(11)))[1], atol=0.02) and z.std() > 1
     moved = shutil.copytree(digits.folder, tmp_path / "moved")
     ours = data.LatentDataset(str(moved), 3)
     x, stored, _, _ = ours.unpack(ours.read([5, 900]))
-    for i, image in enumerate(data.to_images(x)):
+    paths = [tmp_path / "0.png", tmp_path / "1.png"]
+    for path, image in zip(paths, data.to_images(x)):
         tall = np.pad(image.repeat(2, 0).repeat(2, 1), ((6, 6), (0, 0), (0, 0)))
-        Image.fromarray(tall).save(tmp_path / f"{i}.png")                # of 16 x 28 pixels
-    images, z = data.encode_images([tmp_path / "0.png", tmp_path / "1.png"], ours)
+        Image.fromarray(tall).save(path)                                 # of 16 x 28 pixels
+    images, z = data.encode_images(paths, ours)
     assert np.array_equal(images, data.to_images(x)) and z.allclose(stored, atol=0.1)
+    ours.meta["encoders"][0]["weights"] = "other"
     with pytest.raises(UserError, match="weights of the digits' convnet are not those that made"):
-        ours.meta["encoders"][0]["weights"] = "other"
-        data.encode_images([tmp_path / "0.png"], ours)
+        data.encode_images(paths, ours)
     (moved / "encoder.safetensors").unlink()
-    for files, words in ((["0.png"], "encoder.safetensors is not the digits' encoder"),
-                         (["moved/meta.json"], "meta.json is no image")):
-        with pytest.raises(UserError, match=words):
-            data.encode_images([tmp_path / file for file in files], ours)
+    with pytest.raises(UserError, match="encoder.safetensors is not the digits' encoder"):
+        data.encode_images(paths, ours)
 
 
 def test_digits_may_lie_anywhere_and_are_known_by_what_they_are(
@@ -1190,7 +1043,8 @@ def test_digits_may_lie_anywhere_and_are_known_by_what_they_are(
 def test_classes_are_sorted_folders_and_links_in_a_circle_are_followed_once(photos, tmp_path):
     files, y, classes = data.list_images(str(photos / "photos"))
     assert classes == ["a", "b", "c"] and y.tolist() == [0] * 4 + [1] * 4 + [2] * 3
-    assert files.tolist() == sorted(files) and files[0] == b"a/00.JPEG"
+    assert [os.fsdecode(name) for name in files] == [
+        str(path.relative_to(photos / "photos")) for path in image_files(photos)]
     files, y, classes = data.list_images(str(photos / "photos/a"))
     assert classes == [] and y.tolist() == [0] * 4
     with pytest.raises(UserError, match="no files"):
@@ -1213,18 +1067,15 @@ def test_x_is_what_diffusers_pipeline_makes(photos, prepared):
     vae = diffusers.AutoencoderKL.from_pretrained(photos / "vae", low_cpu_mem_usage=False)
     image = Image.fromarray(data.load_image(photos / "photos/b/01.JPEG", 32))
     processor = diffusers.image_processor.VaeImageProcessor(vae_scale_factor=4)
+    stored, eps = prepared.read([4]), normal(1, 4, 8, 8)                 # b is rows 4 to 7
+    mean, std = stored[0].float().chunk(2, 1)
+    x, _, y, _ = prepared.unpack(stored, eps)
     with torch.no_grad():
         posterior = vae.encode(processor.preprocess(image)).latent_dist
-    stored = prepared.read([4])                                          # b is rows 4 to 7
-    mean, std = stored[0].float().chunk(2, 1)
+        decoded = vae.decode(x / 1.5).sample
     assert mean.allclose(posterior.mean, atol=2e-3) and std.allclose(posterior.std, atol=2e-3)
-    assert prepared.meta["scale"] == 1.5 and prepared.meta["settings"]["vae_scale"] == 1.5
-    eps = normal(1, 4, 8, 8)
-    x, _, y, _ = prepared.unpack(stored, eps)
     assert x.allclose(1.5 * (mean + std * eps), atol=1e-5) and y.item() == 1
     assert prepared.unpack(stored)[0].allclose(1.5 * mean, atol=1e-5)
-    with torch.no_grad():
-        decoded = vae.decode(x / 1.5).sample
     theirs = processor.postprocess(decoded, output_type="np") * 255
     assert np.abs(data.decode(x, prepared.meta) - theirs).max() <= 1.01
     with pytest.raises(UserError, match="not the one that made the data.*--vae"):
@@ -1244,102 +1095,60 @@ def test_z_is_the_pca_of_the_features_of_all_images(photos, prepared):
 
 
 def test_a_prepared_folder_is_its_shards_and_says_what_they_are(photos, prepared):
-    out, m, y = photos / "prepared", prepared.meta, [0] * 4 + [1] * 4 + [2] * 3
+    out, m = photos / "prepared", prepared.meta
+    assert set(content(out)) == {"shards/00000.npy", "shards/00000.json", "meta.json", "pca.npz",
+                                 "files.txt", "skipped.txt", "sheet.png"}
     records = np.load(out / "shards/00000.npy")
-    assert records["x"].shape == (11, 8, 8, 8) and records["y"].tolist() == y
+    assert records["x"].shape == (11, 8, 8, 8)
     digest = hashlib.sha256(hashlib.sha256(records.tobytes()).hexdigest().encode()).hexdigest()
     assert [m[key] for key in ("x_channels", "has_std", "image_size", "n", "shards", "sha256")] == [
         4, True, 32, 11, [11], digest]
-    assert set(m["versions"]) >= {"torch", "timm", "diffusers"} and not m["settings"]["bf16"]
-    assert set(content(out)) == {"shards/00000.npy", "shards/00000.json", "meta.json", "pca.npz",
-                                 "files.txt", "skipped.txt", "sheet.png"}
     names = (out / "files.txt").read_text().splitlines()
-    assert names == [os.fsdecode(name) for name in data.list_images(str(photos / "photos"))[0]]
+    assert [photos / "photos" / name for name in names] == image_files(photos)
     sheet = np.asarray(Image.open(out / "sheet.png"))       # image, decoded, z 1-3, z 4-6
-    first = sheet[2:130, sheet.shape[1] - 1300:][:, :128]
-    assert sheet.shape[0] == 4 * 130 + 2 and np.array_equal(
-        first[2::4, 2::4], data.load_image(photos / "photos" / names[0], 32))
+    assert sheet.shape[0] == 4 * 130 + 2
+    first = sheet[2:130, sheet.shape[1] - 1300:][:, :128].reshape(32, 4, 32, 4, 3).mean((1, 3))
+    assert np.abs(first - data.load_image(image_files(photos)[0], 32)).mean() < 3
 
 
 @pytest.mark.parametrize("n_ranks, calls", [(1, [-1, 4, -3, 4, 5, -8]), (2, [4, -3, 4, -5])])
 def test_killed_at_any_moment_the_folder_ends_with_the_same_bytes(
         photos, tmp_path, monkeypatch, n_ranks, calls):
-    """Killed at these calls of write_whole: after them, or (negative) within."""
+    """Killed after so many calls of write_whole, or (negative) within that one."""
     monkeypatch.setattr(data, "SHARD", 2)
-    write = run.write_whole
 
     def work():
-        n_calls = itertools.count(1)
-
-        def die(file):
-            file.write(b"half")
-            file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        def write_or_die(path, what):
-            n = next(n_calls)
-            write(path, die if n == -call else what)
-            if n == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        run.write_whole = write_or_die
+        ends_at(run, "write_whole", abs(call) - (call < 0), torn_write if call < 0 else kill)
         prepare(photos, tmp_path / "out")
 
     for call in calls:
-        assert min(in_ranks(work, n_ranks)) == -signal.SIGKILL           # a signal's is negative
+        assert min(in_ranks(work, n_ranks)) == -signal.SIGKILL
         with pytest.raises(UserError, match="not finished|no prepared data"):
             data.LatentDataset(str(tmp_path / "out"))
-    call = 0
+    call = 1000
     assert in_ranks(work, n_ranks) == [0] * n_ranks
     whole = content(prepare(photos, tmp_path / "whole").folder)
     assert content(tmp_path / "out") == whole
     assert len(whole) == 2 * 6 + 5 and "shards/00005.npy" in whole       # no moments are left
 
 
-def test_two_commands_at_once_leave_one_whole_folder(photos, prepared, tmp_path):
-    pids = [forked(lambda: prepare(photos, tmp_path / "out"), {}) for _ in range(2)]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    assert 0 in codes and set(codes) <= {0, 1}                           # 1: refused
-    assert content(tmp_path / "out") == content(photos / "prepared")
-
-
-def test_bad_files_are_left_out_and_named(photos, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHARD", 5)
-    shutil.copytree(photos / "bad", tmp_path / "images")
-    given = preparing(photos, tmp_path / "out", f"--images {tmp_path / 'images'}")
+def test_bad_files_are_left_out_and_named_but_not_for_the_disks_trouble(
+        photos, prepared, tmp_path, monkeypatch):
+    """Of two to a shard one or both are bad."""
+    monkeypatch.setattr(data, "SHARD", 2)
+    given = preparing(photos, tmp_path / "out", images="bad")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr(data, "load_image", broken_disk)
+        main(data, f"{given} --max_bad 1")
     refused(data, f"{given} --max_bad 0.2", "3 of 14 files .*--max_bad 0.2 .*cut.jpg: .*truncated")
     main(data, f"{given} --max_bad 0.22")
     ours = data.LatentDataset(str(tmp_path / "out"))
+    assert ours.meta["shards"] == [2, 2, 2, 2, 0, 2, 1] and ours.n == 11
     named = (tmp_path / "out/skipped.txt").read_text().splitlines()
-    assert [line.split(":")[0] for line in named] == BAD and ours.n == 11
+    assert [line.split(":")[0] for line in named] == BAD
     assert (tmp_path / "out/files.txt").read_text() == (photos / "prepared/files.txt").read_text()
     for part, good in zip(ours.read(range(11))[:3], prepared.read(range(11))):
         assert (part.double() - good.double()).abs().max() < 0.05
-    good_y = prepared.read(range(11))[2]
-    shutil.rmtree(tmp_path / "out")
-    monkeypatch.setattr(data, "SHARD", 1)                                # three are empty
-    main(data, f"{given} --max_bad 0.22")
-    assert torch.equal(data.LatentDataset(str(tmp_path / "out")).read(range(11))[2], good_y)
-
-
-def test_trouble_of_the_disk_is_no_bad_file_and_loses_nothing(
-        photos, prepared, tmp_path, monkeypatch):
-    for module, name, where, error in (
-            (data, "load_image", b"04.JPEG", OSError(errno.EIO, "Input/output error")),
-            *((run, "write_whole", file, OSError(errno.ENOSPC, "No space left"))
-              for file in (b"pca.npz", b"00000.npy", b"sheet.png"))):
-        function = getattr(module, name)
-
-        def fail(path, *more):
-            if os.fsencode(path).endswith(where):
-                raise error
-            return function(path, *more)
-
-        with monkeypatch.context() as patch, pytest.raises(OSError, match=error.strerror):
-            patch.setattr(module, name, fail)
-            prepare(photos, tmp_path / "out", "--max_bad 1")
-    prepare(photos, tmp_path / "out")
-    assert content(tmp_path / "out") == content(photos / "prepared")
 
 
 def test_other_settings_overwrite_nothing_and_latents_have_rms_1(photos, prepared, tmp_path):
@@ -1347,6 +1156,8 @@ def test_other_settings_overwrite_nothing_and_latents_have_rms_1(photos, prepare
     for flags, words in (("--size 64", "another --size: 32, now 64"), ("--bf16", "other --bf16"),
                          (f"--images {photos / 'bad'}", "another --images: 11 files")):
         refused(data, preparing(photos, out, flags), f"{words}.*choose another --out")
+    with run.locked(out):
+        refused(data, preparing(photos, out), "another command is writing")
     prepare(photos, out)                                                 # complete: nothing to do
     assert content(out) == before
     (tmp_path / "thesis.tex").write_text("years of work")
@@ -1359,12 +1170,9 @@ def test_other_settings_overwrite_nothing_and_latents_have_rms_1(photos, prepare
 
 @pytest.mark.parametrize("flags, words", [
     ("--images nowhere", "nowhere is no folder"), ("--size 36", "multiple of 8"),
-    ("--vae nowhere", "--vae nowhere"), ("--encoder resnetx", "--encoder resnetx"),
-    ("--encoder_weights nowhere.pth", "no file nowhere.pth"), ("--r_keep 49", "48 channels"),
-    ("--encoder_layer 7", "cannot be used so"), ("--encoder_layer top", "encoder_layer"),
-    ("--encoder_kwargs depth=2", "got 2"), ("--out {photos}/photos/out", "is inside --images"),
-    ("--encoder a b --encoder_kwargs depth", "KEY=VALUE"), ("--max_bad 2", "from 0 to 1"),
-    ("--pca nowhere.npz", "is no PCA file"), ("--pca {photos}/other.npz", "PCA of some other")])
+    ("--encoder_layer 7", "cannot be used so"), ("--r_keep 49", "48 channels"),
+    ("--encoder_kwargs depth=2", "got 2"), ("--encoder_kwargs depth", "KEY=VALUE"),
+    ("--out {photos}/photos/out", "inside --images"), ("--pca {photos}/other.npz", "PCA of some")])
 def test_mistakes_in_preparing_are_one_line(photos, tmp_path, capsys, flags, words):
     pca.fit(pca.Moments(48).update(normal(99, 48).numpy()), 6, 1, "some other").save(
         photos / "other.npz")
@@ -1406,12 +1214,10 @@ def test_several_encoders_of_other_grids_share_z_and_the_firsts_features_are_kep
 
 @pytest.mark.parametrize("name, spoil, options, words", [
     ("shards/00000.npy", lambda b: b[:len(b) // 2], {}, "00000.npy is damaged.*prepare it again"),
-    ("shards/00000.npy", lambda b: b"", {}, "00000.npy is damaged.*prepare it again"),
     ("meta.json", lambda b: b[:50], {}, "meta.json is damaged.*prepare it again"),
     ("meta.json", lambda b: b"[]", {}, "has format None.*prepare it again"),
     ("meta.json", lambda b: b.replace(b'"format": 3', b'"format": 2'), {}, "format 2.*remove it"),
     ("meta.json", lambda b: b.replace(b"11\n ]", b"12\n ]"), {}, "11 records, not 12"),
-    ("meta.json", bytes, {"folder": "nowhere"}, "python data.py --images"),
     ("meta.json", bytes, {"r": 7}, "--z_channels 7 .* the 6 that"),
     ("meta.json", bytes, {"features": True}, "data.py --keep_features")])
 def test_damaged_older_and_poor_folders_are_refused_in_one_line(
@@ -1419,29 +1225,37 @@ def test_damaged_older_and_poor_folders_are_refused_in_one_line(
     shutil.copytree(photos / "prepared", tmp_path, dirs_exist_ok=True)
     (tmp_path / name).write_bytes(spoil((tmp_path / name).read_bytes()))
     with pytest.raises(UserError, match=words) as error:
-        data.LatentDataset(**{"folder": str(tmp_path)} | options).read([0])
+        data.LatentDataset(str(tmp_path), **options).read([0])
     assert "\n" not in str(error.value)
 
 
-def test_opening_and_reading_cost_the_same_for_a_million_images(prepared, tmp_path, monkeypatch):
-    """Three shards are there, sparse files, and opened when they are read."""
-    opened, load, peaks = [], np.load, []
-    monkeypatch.setattr(np, "load", lambda path, **how: opened.append(path) or load(path, **how))
+def test_opening_a_million_images_opens_none_and_reading_some_those_shards(
+        prepared, tmp_path, monkeypatch):
+    """Three of a thousand shards are there, sparse files; threads open one at a time, as Python
+    3.11 fails where two parse .npy headers (AST recursion depth mismatch)."""
     (tmp_path / "shards").mkdir()
-    for n_shards in (3, 1000):
-        rows = torch.tensor([0, n_shards * 512, n_shards * 1024 - 1])
-        for k in rows // 1024:
-            np.lib.format.open_memmap(tmp_path / f"shards/{k:05d}.npy", "w+",
-                                      prepared.open_shard(0).dtype, (1024,)).flush()
-        (tmp_path / "meta.json").write_text(json.dumps(
-            prepared.meta | {"n": 1024 * n_shards, "shards": [1024] * n_shards}))
-        opened.clear()
-        tracemalloc.start()
-        dataset = data.LatentDataset(str(tmp_path))
-        assert not opened and dataset.read(rows)[0].shape == (3, 8, 8, 8) and len(opened) == 3
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 50_000                    # meta.json's list of 1000 numbers
+    rows = torch.tensor([0, 1000 * 512, 1000 * 1024 - 1])
+    for k in rows // 1024:
+        np.lib.format.open_memmap(tmp_path / f"shards/{k:05d}.npy", "w+",
+                                  prepared.open_shard(0).dtype, (1024,)).flush()
+    (tmp_path / "meta.json").write_text(json.dumps(
+        prepared.meta | {"n": 1024 * 1000, "shards": [1024] * 1000}))
+    opened, load, alone = [], np.load, threading.Lock()
+
+    def slow_load(path, **how):
+        assert alone.acquire(blocking=False)
+        time.sleep(0.01)
+        alone.release()
+        opened.append(path)
+        return load(path, **how)
+
+    monkeypatch.setattr(np, "load", slow_load)
+    tracemalloc.start()
+    dataset = data.LatentDataset(str(tmp_path))
+    assert not opened and dataset.read(rows)[0].shape == (3, 8, 8, 8) and len(opened) == 3
+    assert tracemalloc.get_traced_memory()[1] < 500_000                  # a shard has 1.1 MB
+    tracemalloc.stop()
+    assert len(list(run.prefetch(lambda _: dataset.open_shard(0), range(8)))) == 8
 
 
 # train.py
