@@ -1699,8 +1699,8 @@ def test_processes_and_micro_batches_change_a_step_by_its_summation_order_alone(
     watch(monkeypatch, train.DistributedDataParallel, "no_sync", lambda _: mark(tmp_path / "apart"))
     assert train_together(tmp_path, f"--micro_batch_size {micro}", n_ranks) == [0] * n_ranks
     assert losses(tmp_path) == pytest.approx(losses(there / "out"), rel=1e-4)
-    for path in tmp_path.glob("apart_*"):
-        assert len(path.read_text()) == 8 * (8 // micro - 1)
+    calls = [len(path.read_text()) for path in tmp_path.glob("apart_*")]
+    assert calls == [8 * (8 // micro - 1)] * 2 * (n_ranks == 2 and micro < 8)
 
 
 @pytest.mark.parametrize("flags, calls_a_step", [
@@ -1841,13 +1841,12 @@ def test_what_the_data_are_binds_a_run_not_where_they_lie(there, out, tmp_path, 
 
 def test_results_json_says_whether_a_run_is_finished_and_restart_keeps_it(
         there, out, monkeypatch):
-    """The date of no file does. torchrun's own restart of --restart continues."""
+    """torchrun's own restart of --restart continues."""
     kept, results = content(out), data.read_json(out / "results.json")
     assert losses(out)[3, "loss"] < losses(out)[0, "loss"]
     assert {"step", "n_images", "frechet_pixels_25_vs_179", "classifier_accuracy_percent"} <= set(
         results) and results["step"] == 8
     for unfinished in ("", '{"step": 4}'):
-        os.utime(out / "ckpt.pt", (2e9, 2e9))
         refused(train, f"--out {out}", "out is done, with 8 steps: raise --steps, or --restart")
         (out / "results.json").write_text(unfinished)
         main(train, f"--out {out}")
@@ -2348,16 +2347,17 @@ def test_after_nan_a_full_disk_or_another_command_nothing_is_in_the_way(
 def test_killed_at_any_moment_sampling_ends_in_the_same_bytes(make, whole, tmp_path, n_ranks):
     """In parts, at the sheet, samples.npz, samples.json and after that, at random; also a run that
     replaces other samples; the end by another number of processes."""
-    def until_killed(moment):
+    def until_killed(flags, moment):
         if moment < 1:
             signal.setitimer(signal.ITIMER_REAL, moment)                 # no handler: it ends
         else:
             ends_at(pytest.MonkeyPatch(), run, "write_whole", moment)
-        make("" if list((tmp_path / "out").glob("parts_*")) else "--restart")
+        make(flags)
 
     make("--seed 1")
-    for moment in (2, 2, *np.random.uniform(0, 0.5, 2), 6, 1):
-        print(moment, in_ranks(lambda: until_killed(moment), n_ranks))
+    for flags, moment in (("--restart", 2), ("", 2), ("", np.random.uniform(0, 0.5)), ("", 6),
+                          ("", 1)):
+        print(flags, moment, in_ranks(lambda: until_killed(flags, moment), n_ranks))
     assert in_ranks(make, 3 - n_ranks) == [0] * (3 - n_ranks)
     assert made(tmp_path / "out") == made(whole)
 
