@@ -323,6 +323,24 @@ def test_flow_target_is_the_derivative_of_the_path():
         assert torch.equal(flow.add_noise(x, eps, end), expected)
 
 
+@pytest.mark.parametrize("diffusion, t", [(model.Flow(), 0.3), (model.DDPM(), 300)])
+def test_denoised_and_score_follow_from_the_true_prediction(diffusion, t):
+    x, eps = normal(2, 3, 4, 4, dtype=DOUBLE), normal(2, 3, 4, 4, seed=1, dtype=DOUBLE)
+    x_t = diffusion.add_noise(x, eps, torch.full((2,), t))
+    pred = x - eps if diffusion.outputs == 1 else torch.cat([eps, eps], 1)
+    assert diffusion.denoised(pred, x_t, t).allclose(x, atol=1e-6)
+    if diffusion.outputs == 1:
+        assert diffusion.score(pred, x_t, t).allclose(-eps / (1 - t), atol=1e-6)
+
+
+def test_ddpm_has_the_published_schedule():
+    beta, ddpm = np.linspace(1e-4, 0.02, 1000), model.DDPM()
+    assert np.allclose(ddpm.alpha ** 2, np.cumprod(1 - beta), rtol=1e-12)
+    assert np.allclose(ddpm.beta, beta, rtol=1e-9)
+    assert ddpm.normalised_time(torch.tensor([0, 999])).tolist() == [1, 0]
+    assert ddpm.t_from_uniform(torch.tensor([0, 0.9999999])).tolist() == [0, 999]
+
+
 def test_vlb_is_the_kl_of_torch_distributions_and_trains_the_variance_alone():
     """Against KL(Normal, Normal) on the textbook posterior, and exact bins of the CDF at t = 0."""
     ddpm = model.DDPM()
@@ -900,6 +918,15 @@ def test_every_epoch_visits_every_row_once_in_another_order():
     assert not torch.equal(data.rows_of_step(1, 0, n, n), first)
 
 
+def test_uint8_rounds_as_adm_does():
+    x = torch.linspace(-1.2, 1.2, 1000)
+    adm = ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)                # guided-diffusion
+    dit = torch.clamp(127.5 * x + 128.0, 0, 255).to(torch.uint8)         # DiT, which we follow
+    assert torch.equal(data.to_uint8(x), dit) and (dit.int() - adm.int()).abs().max() <= 1
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(data.to_uint8(data.from_uint8(every)), every)
+
+
 def test_images_are_upright_rgb_and_cropped_as_adm_does(photos, tmp_path):
     def load(image):
         Image.fromarray(image).save(tmp_path / "image.png")
@@ -1118,7 +1145,7 @@ def test_killed_at_any_moment_the_folder_ends_with_the_same_bytes(
     monkeypatch.setattr(data, "SHARD", 2)
 
     def work():
-        ends_at(run, "write_whole", abs(call) - (call < 0), torn_write if call < 0 else kill)
+        ends_at(monkeypatch, run, "write_whole", abs(call) - (call < 0), torn_write if call < 0 else kill)
         prepare(photos, tmp_path / "out")
 
     for call in calls:
@@ -1130,6 +1157,15 @@ def test_killed_at_any_moment_the_folder_ends_with_the_same_bytes(
     whole = content(prepare(photos, tmp_path / "whole").folder)
     assert content(tmp_path / "out") == whole
     assert len(whole) == 2 * 6 + 5 and "shards/00005.npy" in whole       # no moments are left
+
+
+def test_two_commands_at_once_leave_one_whole_folder(photos, prepared, tmp_path):
+    processes = [forked(lambda: prepare(photos, tmp_path / "out")) for _ in range(2)]
+    for process in processes:
+        process.join()
+    codes = {process.exitcode for process in processes}
+    assert 0 in codes <= {0, 1}                                          # 1: refused
+    assert content(tmp_path / "out") == content(photos / "prepared")
 
 
 def test_bad_files_are_left_out_and_named_but_not_for_the_disks_trouble(
@@ -1669,9 +1705,10 @@ def test_results_json_says_whether_a_run_is_finished_and_restart_keeps_it(
     with monkeypatch.context() as patch:
         patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
         refused(train, f"--out {out} --restart", "is done, with 8 steps")
-    checkpoint = torch.load(out / "ckpt.pt", weights_only=False)
-    torch.save(checkpoint | {"sums": [0] * 15}, tmp_path / "ckpt.pt")    # as older code logged
-    refused(train, f"--out {tmp_path} --steps 9", "the checkpoint in .* does not fit this code")
+    (out / "other").mkdir()
+    checkpoint = pretrained.load_checkpoint(str(out / "ckpt.pt"))
+    torch.save(checkpoint | {"sums": [0] * 15}, out / "other/ckpt.pt")   # as older code logged
+    refused(train, f"--out {out}/other --steps 9", "the checkpoint in .* does not fit this code")
     names = ["ckpt.pt", "ckpt_prev.pt", "log.jsonl", "results.json"]
     kept = content(out)
     refused(train, f"--restart --lr 1e30 --steps 6 --batch_size 8 --out {out}", "became NaN")
@@ -1728,6 +1765,20 @@ def test_what_cannot_be_drawn_is_said_once_and_the_time_it_takes(prepared, tmp_p
         assert f"no {name}: --vae gone" in said
     assert said.count("no loss.png, it needs matplotlib") == 1 and "out is complete" in said
     assert re.search(r"the other 2 steps take about 0:00:\d\d at this speed", said)
+
+
+def test_loss_png_has_the_logs_numbers_over_steps(tmp_path, monkeypatch):
+    figures, log = [], [{"step": 2, "loss_x": 3, "loss_z": 5, "images_per_s": 7},
+                        {"step": 4, "loss_x": 2, "loss_z": None, "images_per_s": 9}]
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
+                        lambda figure, file, format: figures.append(figure))
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    train.draw_log(tmp_path, ["loss_x", "loss_z", "images_per_s"])
+    drawn = {axes.get_ylabel(): axes.lines[0].get_xydata().tolist() for axes in figures[0].axes}
+    assert drawn == {"loss_x": [[2, 3], [4, 2]], "loss_z": [[2, 5]],
+                     "images_per_s": [[2, 7], [4, 9]]}
+    (tmp_path / "log.jsonl").write_text("")                   # all of it after a checkpoint
+    train.draw_log(tmp_path, ["loss_x", "images_per_s"])
 
 
 @pytest.mark.filterwarnings("error:.*mkldnn")
