@@ -269,14 +269,15 @@ class Preparation:
     def make(self, parts, rows, desc):
         """For each absent part that this process is to make: its path, and an iterator over the
         batches (read_batch) of its SHARD rows, read ahead by threads, to be used up first."""
-        groups = chunks(rows, SHARD)
-        mine = {parts.paths[k]: chunks(groups[k], self.args.batch_size) for k in parts.mine()}
-        batches = [*itertools.chain(*mine.values())]
-        stream = run.prefetch(self.read_batch, tqdm(batches, desc, unit="batch",
-                                                    disable=run.rank_and_count()[0] > 0),
-                              self.args.workers)
-        for path, of_part in mine.items():
-            yield path, itertools.islice(stream, len(of_part))
+        size, batches = self.args.batch_size, {}
+        for k in parts.mine():
+            of_part = rows[k * SHARD:(k + 1) * SHARD]
+            batches[k] = np.split(of_part, range(size, len(of_part), size))
+        bar = tqdm([*itertools.chain(*batches.values())], desc, unit="batch",
+                   disable=run.rank_and_count()[0] > 0)
+        stream = run.prefetch(self.read_batch, bar, self.args.workers)
+        for k in batches:
+            yield parts.paths[k], itertools.islice(stream, len(batches[k]))
         parts.complete()
 
     def encode(self, network, images, n):
@@ -312,10 +313,9 @@ class Preparation:
 
     def make_shards(self):
         """Make the shards that are absent; the paths of all."""
-        n, n_kept = len(self.names), int(self.args.keep_features)
-        parts = run.Parts(f"{self.out}/shards", math.ceil(n / SHARD))
-        pcas = [pca.load(f"{self.out}/{pca_name(i)}").to(self.device)
-                for i in range(len(self.encoders))]
+        out, n, n_kept = self.out, len(self.names), int(self.args.keep_features)
+        parts = run.Parts(f"{out}/shards", math.ceil(n / SHARD))
+        pcas = [pca.load(f"{out}/{pca_name(i)}").to(self.device) for i in range(len(self.encoders))]
         for path, batches in self.make(parts, np.arange(n), "x and z"):
             stored, skipped = [], {}
             for images, rows, bad in batches:
@@ -401,11 +401,6 @@ def for_each_encoder(args, flag):
     return values * n if len(values) == 1 else values
 
 
-def chunks(rows, size):
-    """An array in pieces of that size; the last may be shorter."""
-    return np.split(rows, range(size, len(rows), size))
-
-
 def pca_name(i):
     """The file of encoder i's PCA: pca.npz, pca_2.npz and on."""
     return f"pca_{i + 1}.npz" if i else "pca.npz"
@@ -448,11 +443,11 @@ def is_complete(out, settings):
             raise UserError(f"{out} is not empty and holds no prepared data; choose another --out")
         return False
     meta = read_meta(out)
-    stored = meta["settings"]
-    for key in settings:
-        if stored.get(key) != settings[key]:
-            raise UserError(f"{out} was made with another --{key}: {stored.get(key)}, now "
-                            f"{settings[key]}; choose another --out, or remove it")
+    for key, value in settings.items():
+        found = meta["settings"].get(key)
+        if found != value:
+            raise UserError(f"{out} was made with another --{key}: {found}, now {value}; choose "
+                            "another --out, or remove it")
     return "n" in meta
 
 
@@ -713,8 +708,7 @@ def prepare_digits(out=DIGITS, scale=None):
         x, y, held_out = digits()
         x, y = x[~held_out], y[~held_out]
         encoder = train_digit_encoder(x, y)
-        weights = safetensors.torch.save(encoder.state_dict())
-        run.write_whole(f"{out}/encoder.safetensors", lambda file: file.write(weights))
+        safetensors.torch.save_file(encoder.state_dict(), f"{out}/encoder.safetensors")
         f, config = encoder.features(x), encoder.config
         moments = pca.Moments(f.shape[1]).update(f.permute(0, 2, 3, 1).flatten(0, 2).numpy())
         fitted = pca.fit(moments, 16, 1.0, *config.values())
