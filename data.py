@@ -19,6 +19,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import shutil
 import tarfile
@@ -206,20 +207,6 @@ def load_image(file, size=None, grey=False):
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def read_batch(load, size, batch_size, names):
-    """Images uint8 (batch_size, size, size, 3) of at most so many names; the places of those that
-    load(name) could read, the others are black; why each could not, "" if it could."""
-    images, reasons = np.zeros((batch_size, size, size, 3), np.uint8), [""] * len(names)
-    for i, name in enumerate(names):
-        try:
-            images[i] = load(name)
-        except Exception as error:                         # Pillow raises anything
-            if run.is_the_machines(error):
-                raise
-            reasons[i] = run.one_line(error)
-    return images, [i for i, reason in enumerate(reasons) if not reason], reasons
-
-
 class Pixels:
     """Takes a VAE's place where x are the images themselves, in [-1, 1]; grey: one channel."""
     name, weights, factor, has_std, scale, shift = None, "", 1, False, 1.0, 0.0
@@ -238,17 +225,24 @@ class Preparation:
         none = args.vae == "none"
         if none and args.vae_scale or args.grey and not none:
             raise UserError("--grey is for --vae none, and --vae_scale for another --vae")
-        self.args, self.device = args, device
+        self.args, self.device, self.out = args, device, args.out
         self.names, self.y, self.classes, read = open_images(args.images)
         self.load = lambda name: load_image(read(name), args.size, args.grey)
-        self.encoders, self.encoder_files = open_encoders(args, device)
+        layers, files, settings, pca_files = (for_each_encoder(args, flag) for flag in (
+            "encoder_layer", "encoder_weights", "encoder_kwargs", "pca"))
+        self.encoders = [pretrained.Encoder(name, args.size, layer, file, dict(given or ()), device)
+                         for name, layer, file, given in zip(args.encoder, layers, files, settings)]
+        for encoder in self.encoders:
+            if args.r_keep > encoder.d:
+                raise UserError(f"--r_keep {args.r_keep}: {encoder.name} has {encoder.d} channels")
+        self.encoder_files = [file and os.path.abspath(file) for file in files]
         vae = self.vae = (Pixels(args.grey) if none else
                           pretrained.VAE(args.vae, device, args.vae_scale))
         if args.size % (2 * vae.factor):
             raise UserError(f"--size {args.size} must be a multiple of {2 * vae.factor}: the VAE's "
                             f"{vae.factor} pixels a latent, and patches of 2")
         self.pcas = [read_pca(path, encoder, args)
-                     for path, encoder in zip(args.pca or [], self.encoders)]
+                     for path, encoder in zip(pca_files, self.encoders) if path]
         # what decides the bytes: a folder that was begun with others is refused
         self.settings = {name: getattr(args, name) for name in (
             "size", "r_keep", "batch_size", "bf16", "keep_features", "pca_images", "pca_scale")} | {
@@ -257,76 +251,87 @@ class Preparation:
             "encoder": [encoder.config for encoder in self.encoders],
             "pca": [short_hash(each.components, each.mean, each.std) for each in self.pcas]}
 
-    def make(self, parts, groups, desc):
-        """For each absent part that this process is to make: its number, and an iterator over the
-        batches (read_batch) of its group of names, read ahead by threads, to be used up first."""
-        size, mine = self.args.batch_size, parts.mine()
-        batches = [groups[k][i:i + size] for k in mine for i in range(0, len(groups[k]), size)]
-        stream = run.prefetch(
-            functools.partial(read_batch, self.load, self.args.size, size),
-            tqdm(batches, desc, unit="batch", disable=run.rank_and_count()[0] > 0),
-            self.args.workers)
-        for k in mine:
-            yield k, itertools.islice(stream, -(-len(groups[k]) // size))
+    def read_batch(self, rows):
+        """Images uint8 (batch_size, size, size, 3) of those of the rows of names that can be read,
+        then black ones; these rows; and why the others cannot be read, {name: reason}."""
+        size, good, skipped = self.args.size, [], {}
+        images = np.zeros((self.args.batch_size, size, size, 3), np.uint8)
+        for row in rows:
+            try:
+                images[len(good)] = self.load(self.names[row])
+                good.append(row)
+            except Exception as error:                     # Pillow raises anything
+                if run.is_the_machines(error):
+                    raise
+                skipped[os.fsdecode(self.names[row])] = run.one_line(error)
+        return images, good, skipped
+
+    def make(self, parts, rows, desc):
+        """For each absent part that this process is to make: its path, and an iterator over the
+        batches (read_batch) of its SHARD rows, read ahead by threads, to be used up first."""
+        groups = chunks(rows, SHARD)
+        mine = {parts.paths[k]: chunks(groups[k], self.args.batch_size) for k in parts.mine()}
+        batches = [*itertools.chain(*mine.values())]
+        stream = run.prefetch(self.read_batch, tqdm(batches, desc, unit="batch",
+                                                    disable=run.rank_and_count()[0] > 0),
+                              self.args.workers)
+        for path, of_part in mine.items():
+            yield path, itertools.islice(stream, len(of_part))
         parts.complete()
 
-    def encode(self, network, images, good):
-        """What network, an encoder's features or the VAE's encode, makes of the images uint8
-        (B, H, W, 3) at the places `good`."""
+    def encode(self, network, images, n):
+        """What network, an encoder's features or the VAE's encode, makes of the first n of the
+        images uint8 (B, H, W, 3)."""
         images = from_uint8(torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
-            return network(images)[good]
+            return network(images)[:n]
 
-    def fit_pca(self, i, out):
+    def fit_pca(self, i):
         """Save the PCA of encoder i's features of random images. The moments of SHARD images are a
         part; their sum depends neither on kills nor on the number of processes."""
-        encoder, names = self.encoders[i], self.names
-        order = torch.randperm(len(names), generator=run.generator(0, "pca images"))
-        names = names[order[:self.args.pca_images].numpy()]
-        groups = [names[start:start + SHARD] for start in range(0, len(names), SHARD)]
-        parts, why = run.Parts(f"{out}/moments_{i}", len(groups), "npz"), ""
-        for k, batches in self.make(parts, groups, "PCA"):
+        args, encoder, why = self.args, self.encoders[i], ""
+        order = torch.randperm(len(self.names), generator=run.generator(0, "pca images"))
+        rows = order[:args.pca_images].numpy()
+        parts = run.Parts(f"{self.out}/moments_{i}", math.ceil(len(rows) / SHARD), "npz")
+        for path, batches in self.make(parts, rows, "PCA"):
             moments = pca.Moments(encoder.d)
-            for images, good, reasons in batches:
-                why = max([why, *reasons])
-                f = self.encode(encoder.features, images, good)
+            for images, good, skipped in batches:
+                why = max([why, *skipped.values()])
+                f = self.encode(encoder.features, images, len(good))
                 moments.update(f.permute(0, 2, 3, 1).flatten(0, 2).cpu().numpy())
-            run.write_whole(parts.paths[k], lambda file: np.savez(file, **vars(moments)))
+            run.write_whole(path, lambda file: np.savez(file, **vars(moments)))
         if run.rank_and_count()[0] == 0:
             total = pca.Moments(encoder.d)
             for path in parts.paths:                       # in the same order every time
                 with np.load(path) as moments:
                     total.merge(moments["n"], moments["sum"], moments["outer"])
-            args = self.args
             with run.blamed_on(f"--images {args.images}", f"too few of its files are images {why}"):
                 fitted = pca.fit(total, args.r_keep, args.pca_scale or 1.0, encoder.name,
                                  encoder.config["weights"])
-            fitted.save(f"{out}/{pca_name(i)}")
+            fitted.save(f"{self.out}/{pca_name(i)}")
 
-    def make_shards(self, out):
-        """Make the shards that are absent."""
-        groups = [self.names[i:i + SHARD] for i in range(0, len(self.names), SHARD)]
-        parts = run.Parts(f"{out}/shards", len(groups))
-        pcas = [pca.load(f"{out}/{pca_name(i)}").to(self.device) for i in range(len(self.encoders))]
-        for k, batches in self.make(parts, groups, "x and z"):
-            columns, reasons = {name: [] for name in "xzf"[:2 + self.args.keep_features]}, []
-            for images, good, of_batch in batches:
-                features = [self.encode(each.features, images, good) for each in self.encoders]
-                x, z = self.encode(self.vae.encode, images, good), project(pcas, features)
-                for arrays, part in zip(columns.values(), (x, z, features[0])):
-                    arrays.append(part.half().cpu().numpy())
-                reasons += of_batch
-            columns = {name: np.concatenate(arrays) for name, arrays in columns.items()}
-            columns["y"] = self.y[k * SHARD:][:len(reasons)][[not reason for reason in reasons]]
-            skipped = {os.fsdecode(name): reason for name, reason in zip(groups[k], reasons)
-                       if reason}
-            write_shard(parts.paths[k], columns, self.vae, skipped)
+    def make_shards(self):
+        """Make the shards that are absent; the paths of all."""
+        n, n_kept = len(self.names), int(self.args.keep_features)
+        parts = run.Parts(f"{self.out}/shards", math.ceil(n / SHARD))
+        pcas = [pca.load(f"{self.out}/{pca_name(i)}").to(self.device)
+                for i in range(len(self.encoders))]
+        for path, batches in self.make(parts, np.arange(n), "x and z"):
+            stored, skipped = [], {}
+            for images, rows, bad in batches:
+                features = [self.encode(each.features, images, len(rows)) for each in self.encoders]
+                x = self.encode(self.vae.encode, images, len(rows))
+                made = x, project(pcas, features), *features[:n_kept]
+                stored.append([self.y[rows], *(part.half().cpu().numpy() for part in made)])
+                skipped |= bad
+            y, *columns = map(np.concatenate, zip(*stored))
+            write_shard(path, dict(zip("xzf", columns)) | {"y": y}, self.vae, skipped)
         return parts.paths
 
-    def finish(self, out, shards):
+    def finish(self, shards):
         """Write files.txt, skipped.txt, the picture and, last, meta.json. UserError if too many
         files could not be read."""
-        args, vae, n = self.args, self.vae, len(self.names)
+        args, out, vae, n = self.args, self.out, self.vae, len(self.names)
         shards = [read_json(path.replace(".npy", ".json")) for path in shards]
         skipped = {name: reason for shard in shards for name, reason in shard["skipped"].items()}
         if len(skipped) > args.max_bad * n or len(skipped) == n:
@@ -370,40 +375,35 @@ def prepare(args):
     out, is_first = args.out, run.rank_and_count()[0] == 0
     work = Preparation(args, run.begin(args, days=7))      # the slowest may take hours longer
     with run.locked(out):
-        complete = run.share(is_first and is_complete(out, work.settings))
-        if not complete:
+        if not run.share(is_first and is_complete(out, work.settings)):
             if is_first:
                 run.write_json(f"{out}/meta.json", {"format": FORMAT, "settings": work.settings})
                 for i, fitted in enumerate(work.pcas):
                     fitted.save(f"{out}/{pca_name(i)}")
             for i in range(len(work.encoders)):
                 if not run.share(os.path.exists(f"{out}/{pca_name(i)}")):
-                    work.fit_pca(i, out)
-            run.gather(None)
-            shards = work.make_shards(out)
-        if is_first and complete:
-            print(f"{out} is there already, prepared with these settings")
+                    work.fit_pca(i)
+            run.gather(None)                               # all PCAs are there
+            shards = work.make_shards()
+            if is_first:
+                work.finish(shards)
         elif is_first:
-            work.finish(out, shards)
+            print(f"{out} is there already, prepared with these settings")
         run.end()
 
 
-def open_encoders(args, device):
-    """The Encoders of the flags, ready to use, and the files of their weights (None: timm's own);
-    one layer, weights or kwargs may serve them all."""
-    n, columns = len(args.encoder), [args.encoder]
-    for flag in ("encoder_layer", "encoder_weights", "encoder_kwargs", "pca"):
-        values = getattr(args, flag) or [()]
-        if len(values) != n and (len(values) > 1 or flag == "pca" and args.pca):
-            raise UserError(f"--{flag}: give a value for each of --encoder, {n}, or one for all; "
-                            f"got {len(values)}")
-        columns.append(values * n if len(values) == 1 else values)
-    encoders = [pretrained.Encoder(name, args.size, layer, weights, dict(settings), device)
-                for name, layer, weights, settings, _ in zip(*columns)]
-    for encoder in encoders:
-        if args.r_keep > encoder.d:
-            raise UserError(f"--r_keep {args.r_keep}: {encoder.name} has {encoder.d} channels")
-    return encoders, [file and os.path.abspath(file) for _, _, file, _, _ in zip(*columns)]
+def for_each_encoder(args, flag):
+    """The values of a flag, one for each encoder; a single one, or None, serves them all."""
+    n, values = len(args.encoder), getattr(args, flag) or [None]
+    if len(values) not in (1, n):
+        raise UserError(f"--{flag}: give a value for each of --encoder, {n}, or one for all; got "
+                        f"{len(values)}")
+    return values * n if len(values) == 1 else values
+
+
+def chunks(rows, size):
+    """An array in pieces of that size; the last may be shorter."""
+    return np.split(rows, range(size, len(rows), size))
 
 
 def pca_name(i):
@@ -441,10 +441,10 @@ def read_json(path):
 
 
 def is_complete(out, settings):
-    """Whether out is prepared with these settings; False if it is not there or not finished.
+    """Whether the folder out is prepared with these settings; False if it is empty or not finished.
     UserError if it was begun with others, or holds other things."""
     if not os.path.exists(f"{out}/meta.json"):
-        if os.path.isdir(out) and any(not name.startswith(".") for name in os.listdir(out)):
+        if any(not name.startswith(".") for name in os.listdir(out)):
             raise UserError(f"{out} is not empty and holds no prepared data; choose another --out")
         return False
     meta = read_meta(out)
@@ -741,11 +741,11 @@ def open_data(name, r, features=False):
 def main(args):
     out = args.out = args.out or (IMAGENET if args.images else DIGITS)
     if args.images:
-        with warnings.catch_warnings():                    # Pillow's, of files it can read
-            warnings.simplefilter("ignore")
-            return prepare(args)
-    prepare_digits(out, args.pca_scale)
-    print(f"{out}: {read_meta(out)['n']:,} images of 10 classes")
+        warnings.simplefilter("ignore")                    # Pillow's, of files it can read
+        prepare(args)
+    else:
+        prepare_digits(out, args.pca_scale)
+        print(f"{out}: {read_meta(out)['n']:,} images of 10 classes")
 
 
 def layer(text):

@@ -66,16 +66,14 @@ def from_hub(repository):
     import huggingface_hub as hub
     with blamed_on(f"{repository} is no file here, and cannot be had from the hub",
                    "without internet, download its weights elsewhere, and give their path"):
-        try:                                               # downloaded before?
-            folder = hub.snapshot_download(repository, local_files_only=True)
-            names = [os.path.relpath(os.path.join(top, name), folder)
-                     for top, _, names in os.walk(folder) for name in names]
-        except (OSError, ValueError):
-            names = []
-        if not any(name.endswith(WEIGHT_FILES) for name in names):
-            if not hub_answers():
-                raise ConnectionError("it does not answer")
+        if hub_answers():
             names = hub.HfApi().list_repo_files(repository)
+        else:
+            try:                                           # downloaded before?
+                folder = hub.snapshot_download(repository, local_files_only=True)
+            except (OSError, ValueError):
+                raise ConnectionError("it does not answer") from None
+            names = glob.glob("**", root_dir=folder, recursive=True)
         names = [name for name in names if name.endswith(WEIGHT_FILES)]
         if len(names) != 1:
             raise UserError(f"{repository} holds {len(names)} files of weights "
@@ -91,73 +89,68 @@ def reading(path):
     except Exception as error:                             # damage raises anything
         if isinstance(error, (UserError, OSError)) or is_out_of_memory(error):
             raise
-        reason, before = one_line(error), os.path.join(os.path.dirname(path), "ckpt_prev.pt")
-        if isinstance(error, pickle.UnpicklingError):      # whose message advises to run the code
-            refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-            reason = f"it holds {refused[1]}" if refused else "no plain weights are in it"
-        raise UserError(
-            f"{path} is damaged, or neither a checkpoint of train.py nor weights that the authors "
-            f"of ReDi, SiT or DiT publish ({reason})"
-            + f"; the checkpoint before it is {before}"
-            * (os.path.basename(path) == "ckpt.pt" and os.path.exists(before))) from None
+        message = (f"{path} is damaged, or neither a checkpoint of train.py nor weights that the "
+                   f"authors of ReDi, SiT or DiT publish ({one_line(error)})")
+        before = os.path.join(os.path.dirname(path), "ckpt_prev.pt")
+        if os.path.basename(path) == "ckpt.pt" and os.path.exists(before):
+            message += f"; the checkpoint before it is {before}"
+        raise UserError(message) from None
 
 
 def read_weights(path, check=True):
     """What torch.save or safetensors wrote to that file, on the CPU. check: compare its checksums
-    before. UserError if it is missing or damaged, or would run code."""
+    before. UserError if it is missing; damage, and code in it, may raise anything."""
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint at {path}; make one with: python train.py, or give weights "
                         "that the authors of ReDi, SiT or DiT publish")
-    with reading(path):
-        if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-            return load_file(path)
-        is_zip = zipfile.is_zipfile(path)                  # torch's format since 2020
-        if is_zip and check:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
+    if str(path).endswith(".safetensors"):
+        from safetensors.torch import load_file
+        return load_file(path)
+    is_zip = zipfile.is_zipfile(path)                      # torch's format since 2020
+    if is_zip and check:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
+    try:
         with torch.serialization.safe_globals([argparse.Namespace]):     # the authors' settings
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:                # whose message advises to run the code
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise ValueError(f"it holds {refused[1]}" if refused
+                         else "no plain weights are in it") from None
 
 
 CHECKPOINT = {"config", "settings", "meta", "step", "net", "ema", "optimizer", "sums"}
 SNAPSHOT = {"config", "settings", "meta", "step", "ema"}
 
 
-def full_config(config):
-    """All of model.build's arguments, of a checkpoint that may be older than some of them: those
-    have their defaults. UserError for others, of newer code."""
+def completed(checkpoint, needed):
+    """A checkpoint of ours with all of model.build's arguments in its config: one that is older
+    than some of them has their defaults. ValueError if it lacks a needed key, UserError if its
+    config lacks an argument or, of newer code, has others."""
+    missing = [key for key in sorted(needed) if checkpoint.get(key) is None]
+    if missing:
+        raise ValueError(f"no {', '.join(missing)}")
     known = inspect.signature(model.build).parameters
-    unknown = [name for name in config if name not in known]
+    unknown = [name for name in checkpoint["config"] if name not in known]
     if unknown:
         raise UserError(f"the checkpoint's network has {', '.join(unknown)} in its config, which "
                         "this code does not know: take the code that trained it")
-    config = {name: each.default for name, each in known.items()} | config
+    config = {name: each.default for name, each in known.items()} | checkpoint["config"]
     missing = [name for name, value in config.items() if value is inspect.Parameter.empty]
     if missing:
         raise UserError(f"the config of the checkpoint's network lacks {', '.join(missing)}")
-    return config
+    return checkpoint | {"config": config}
 
 
-def check_keys(checkpoint, needed):
-    """ValueError for the keys that a checkpoint of ours lacks; what describes data is a dict."""
-    found = checkpoint if isinstance(checkpoint, dict) else {}
-    missing = [key for key in sorted(needed) if found.get(key) is None
-               or key in ("config", "meta", "settings", "ema") and not isinstance(found[key], dict)]
-    if missing:
-        raise ValueError(f"no {', '.join(missing)}")
-
-
-def load_checkpoint(path, needed=CHECKPOINT, check=True):
+def load_checkpoint(path, check=True):
     """A checkpoint of train.py, on the CPU: config (model.build's arguments), settings, meta (the
     data's), step, net, ema, optimizer, sums (the log's) and, with --repa, projector. A snapshot of
-    --keep_every has SNAPSHOT's keys alone. UserError if a needed one is missing."""
-    checkpoint = read_weights(path, check)
+    --keep_every, which has SNAPSHOT's keys alone, is refused. check: compare the file's checksums
+    before. UserError if it is missing or damaged."""
     with reading(path):
-        check_keys(checkpoint, needed)
-        return checkpoint | {"config": full_config(checkpoint["config"])}
+        return completed(read_weights(path, check), CHECKPOINT)
 
 
 def load_model(path, name=None):
@@ -172,11 +165,11 @@ def load_model(path, name=None):
         raise UserError(f"--model {name}: there are {', '.join(model.NAMES)}")
     if is_hub_name(path) and not path.endswith(WEIGHT_FILES):
         path = from_hub(path)
-    content = read_weights(path)
     with reading(path):
+        content = read_weights(path)
         if isinstance(content, dict) and SNAPSHOT <= set(content):
-            check_keys(content, SNAPSHOT)
-            net = model.build(**full_config(content["config"]))
+            content = completed(content, SNAPSHOT)
+            net = model.build(**content["config"])
             net.load_state_dict(find_weights(content["ema"]))
             metadata = {key: content[key] for key in ("settings", "meta", "step")}
         else:
@@ -212,7 +205,7 @@ def load_published(source, family=None):
 
     source: a file, or its content, a state dict or one among others. family: DiT or SiT, which a
     plain net's weights do not tell; more than 4 input channels mean ReDi, so SiT unless said
-    otherwise. ValueError for anything else.
+    otherwise. ValueError for anything else, RuntimeError for weights of other shapes.
 
     ReDi's one embedding and one decoder of 4 + r channels, x first, become two of each. SiT's files
     may carry DiT's variance outputs, which SiT does not use: they are left out.
@@ -256,10 +249,7 @@ def load_published(source, family=None):
         weights[f"final_layer.{name}.weight"] = decode[:, :, part].reshape(-1, width)
         weights[f"final_layer.{name}.bias"] = bias[:, :, part].reshape(-1)
     weights["pos_embed"] = net.pos_embed                                   # the same, or nearly
-    try:
-        missing, others = net.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise ValueError(str(error).splitlines()[-1].strip()) from None
+    missing, others = net.load_state_dict(weights, strict=False)
     if missing or others:
         raise ValueError(f"found {', '.join(others[:5]) or 'no others'}, needed "
                          f"{', '.join(missing[:5]) or 'no more'}")
@@ -349,12 +339,10 @@ class VAE:
 
 def per_channel(value, x):
     """A number or a list of C numbers, to be broadcast over x (B, C, H, W)."""
-    return _channels(tuple(value), x.device, x.dtype) if isinstance(value, list) else value
-
-
-@functools.lru_cache(maxsize=4)                  # copied to a GPU once: a copy waits for it
-def _channels(values, device, dtype):
-    return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1)
+    if not isinstance(value, list):
+        return value
+    value = torch.tensor(value, dtype=x.dtype).view(-1, 1, 1)
+    return value.to(x.device, non_blocking=True)           # else it would wait for the GPU
 
 
 def scaled(x, scale, shift):

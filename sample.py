@@ -67,7 +67,6 @@ if __name__ == "__main__":     # before torch, which takes seconds: --help and t
     args = parser().parse_args()
 
 import contextlib
-import glob
 import hashlib
 import itertools
 import json
@@ -243,11 +242,11 @@ def image_noise(net, seed, indices, device):
     def draw(_):
         noise = [torch.stack([torch.randn(n, net.x_size, net.x_size, generator=generator)
                               for generator in generators[name]]) for name, n in channels.items()]
-        return [part.pin_memory() for part in noise] if device.type == "cuda" else noise
+        if device.type == "cuda":
+            noise = [part.pin_memory() for part in noise]
+        return [part.to(device, non_blocking=True) for part in noise]
 
-    with contextlib.closing(run.prefetch(draw, itertools.count(), ahead=1)) as draws:
-        for noise in draws:
-            yield [part.to(device, non_blocking=True) for part in noise]
+    return run.prefetch(draw, itertools.count(), ahead=1)
 
 
 @torch.no_grad()
@@ -272,11 +271,13 @@ def sample_batches(net, y, numbers, steps, solver=None, seed=0, batch_size=64, d
         yield rows[:len(y) - rows.start], state
 
 
-def generate(net, y, steps, solver=None, seed=0, batch_size=64, device="cpu", progress=False,
+def generate(net, y, steps, solver=None, seed=0, batch_size=None, device="cpu", progress=False,
              **options):
     """A sample for each label of y (n,) -> x (n, C, H, W), z (n, r, H, W) or None, on the CPU.
-    The arguments are those of sample_batches()."""
-    numbers = tqdm(range(-(-len(y) // batch_size)), "sampling", unit="batch", disable=not progress)
+    The arguments are those of sample_batches(); batch_size None: all at once, but 64 at most."""
+    batch_size = batch_size or min(len(y), 64)
+    numbers = tqdm(range(math.ceil(len(y) / batch_size)), "sampling", unit="batch",
+                   disable=not progress)
     states = [[part.cpu() for part in state] for _, state in sample_batches(
         net, y, numbers, steps, solver, seed, batch_size, device, **options)]
     x, *z = (torch.cat(parts)[:len(y)] for parts in zip(*states))
@@ -297,10 +298,10 @@ def choose_labels(labels, n, n_classes, seed):
     return torch.tensor(y)[torch.arange(n) % len(y)]
 
 
-def image_grid(versions, z_std=None, columns=10, least=48):
+def image_grid(versions, z_std=None, columns=10):
     """A PIL image of samples uint8 (n, H, W, 3) above their features z (n, r, H, W) or None: rows
-    of `columns` images, tiles at least `least` pixels wide. versions: [(name, images, z)], which
-    stand one below the other. z_std (r,): the data's, for equal brightness; None: of these z."""
+    of `columns` images, tiles at least 48 pixels wide. versions: [(name, images, z)], which stand
+    one below the other. z_std (r,): the data's, for equal brightness; None: of these z."""
     kinds, names = [], []
     for name, images, z in versions:
         kinds.append(images)
@@ -310,7 +311,7 @@ def image_grid(versions, z_std=None, columns=10, least=48):
             kinds.append(pca.colours(z, std))
             names.append("")
     size = kinds[0].shape[1]
-    return pca.image_grid(kinds, columns, size * -(-least // size),
+    return pca.image_grid(kinds, columns, size * math.ceil(48 / size),
                           names=names if any(names) else ())
 
 
@@ -319,23 +320,23 @@ def sheet(images, z=None, y=None, classes=(), z_std=None, columns=10):
     than `columns`; the name of a row's class, or of its first and last, on the left."""
     if y is None:
         return image_grid([("", images, z)], z_std, columns)
-    rows = [np.flatnonzero(y == k) for k in np.unique(y)]
-    if len(rows) > columns:
-        rows = [np.arange(len(y))]
+    groups = [np.flatnonzero(y == k) for k in np.unique(y)]
+    if len(groups) > columns:
+        groups = [np.arange(len(y))]
     versions = []
-    for row in (row for each in rows for row in np.split(each, range(columns, len(each), columns))):
-        ends = dict.fromkeys(str(classes[y[i]]) for i in (row[0], row[-1]))
-        versions.append((" ... ".join(ends), images[row], None if z is None else z[row]))
+    for group in groups:
+        for row in np.split(group, range(columns, len(group), columns)):
+            ends = dict.fromkeys(str(classes[y[i]]) for i in (row[0], row[-1]))
+            versions.append((" ... ".join(ends), images[row], None if z is None else z[row]))
     return image_grid(versions, z_std, columns)
 
 
 def compare(net, y, w_cfg=1.0, w_r=1.0, **options):
     """[(name, x, z)]: samples without guidance, with each kind and with both, from equal noise."""
-    weights = {"no guidance": (1, 1), f"CFG {w_cfg:g}": (w_cfg, 1), f"RG {w_r:g}": (1, w_r)}
-    if w_cfg != 1 and w_r != 1:
-        weights["both"] = w_cfg, w_r
+    names = {(w_cfg, w_r): "both", (1, w_r): f"RG {w_r:g}", (w_cfg, 1): f"CFG {w_cfg:g}",
+             (1, 1): "no guidance"}                        # of equal weights the last name holds
     return [(name, *generate(net, y, w_cfg=a, w_r=b, **options))
-            for name, (a, b) in weights.items() if (a, b) != (1, 1) or name == "no guidance"]
+            for (a, b), name in reversed(names.items())]
 
 
 def variations(net, y, z, seed=0, n=4, **options):
@@ -354,33 +355,33 @@ def trajectory(net, y, n=8, **options):
 
         def watch(state, t):
             preds = predict(state, t)
-            seen.append((net.diffusion.normalised_time(t), [
-                net.diffusion.denoised(pred, part, t).cpu() for pred, part in zip(preds, state)]))
+            x, *z = (net.diffusion.denoised(pred, part, t).cpu()
+                     for pred, part in zip(preds, state))
+            seen.append((f"t = {net.diffusion.normalised_time(t):.2f}", x, z[0] if z else None))
             return preds
 
         return watch
 
-    x, z = generate(net, y, guide=watched, **options | {"batch_size": len(y)})
-    chosen = [seen[i] for i in np.linspace(0, len(seen) - 1, n).round().astype(int)]
-    return [(f"t = {t:.2f}", denoised[0], denoised[1] if net.r else None)
-            for t, denoised in chosen] + [("sample", x, z)]
+    sample = generate(net, y, guide=watched, **options | {"batch_size": len(y)})
+    chosen = np.linspace(0, len(seen) - 1, n).round().astype(int)
+    return [*(seen[i] for i in chosen), ("sample", *sample)]
 
 
 def check_guidance(metadata, args):
     """UserError where the model cannot be guided as asked; a warning where that is not known."""
     config, settings = metadata["config"], metadata["settings"]
-    for weight, dropout, lacks in (
-            ("w_r", "p_drop_z", config["fusion"] == "none" and "features, but --fusion none"),
-            ("w_cfg", "p_drop_y", config["n_classes"] == 0 and "classes")):
-        needs = f"--{weight} {getattr(args, weight):g} needs a model trained with --{dropout} > 0"
-        if getattr(args, weight) == 1:
+    for weight, dropout, found in (
+            ("w_r", "p_drop_z", config["r"] == 0 and "no features, but --fusion none. Use"),
+            ("w_cfg", "p_drop_y", config["n_classes"] == 0 and "no classes. Use")):
+        value = getattr(args, weight)
+        if value == 1:
             continue
-        if lacks:
-            raise UserError(f"{needs}; {args.ckpt} has no {lacks}. Use --{weight} 1")
-        if settings.get(dropout) == 0:
-            raise UserError(f"{needs}; {args.ckpt} has 0. Retrain, or use --{weight} 1")
+        needs = f"--{weight} {value:g} needs a model trained with --{dropout} > 0; {args.ckpt}"
+        found = found or settings.get(dropout) == 0 and "0. Retrain, or use"
+        if found:
+            raise UserError(f"{needs} has {found} --{weight} 1")
         if settings.get(dropout) is None and weight == "w_r":
-            warn(f"{needs}; {args.ckpt} does not record it")
+            warn(f"{needs} does not record it")
 
 
 def warn(text):
@@ -436,14 +437,13 @@ def write_npz(path, parts, names, n):
     def write(file):
         with zipfile.ZipFile(file, "w") as archive:
             for name in names:
+                first = np.load(parts.paths[0])[name]
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                    for k, part in enumerate(parts.paths):
-                        array = np.load(part)[name]
-                        if k == 0:
-                            np.lib.format.write_array_header_1_0(entry, {
-                                "descr": array.dtype.str, "fortran_order": False,
-                                "shape": (n, *array.shape[1:])})
-                        entry.write(array.tobytes())
+                    np.lib.format.write_array_header_1_0(entry, {
+                        "descr": first.dtype.str, "fortran_order": False,
+                        "shape": (n, *first.shape[1:])})
+                    for path in parts.paths:
+                        entry.write(np.load(path)[name].tobytes())
 
     run.write_whole(path, write)
 
@@ -474,15 +474,12 @@ def is_finished(args, settings):
     return True
 
 
-def show(name, make, net, y, meta, args, options, above=(), **more):
-    """The picture of that name: what `make` makes of classes y, below the versions `above`."""
-    options = options | {"batch_size": len(y)} | more
-    versions = [(title, data.decode(x, meta, options["device"]), z)
-                for title, x, z in make(net, y, **options)]
-    os.makedirs(args.out, exist_ok=True)
-    run.write_picture(f"{args.out}/{name}.png",
-                      image_grid([*above, *versions], meta["z_std"], min(len(y), 10)))
-    print(f"{args.out}/{name}.png")
+def show(path, versions, meta, device, above=()):
+    """Draw versions [(name, x, z)], below those `above` of [(name, images, z)]."""
+    drawn = [(name, data.decode(x, meta, device), z) for name, x, z in versions]
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    run.write_picture(path, image_grid([*above, *drawn], meta["z_std"]))
+    print(path)
 
 
 def read_given(args, net, metadata, device):
@@ -514,30 +511,31 @@ def read_given(args, net, metadata, device):
 
 def make_samples(net, y, meta, args, options, settings):
     """samples.npz and the pictures in args.out, from parts that a killed run left or makes."""
-    out, n, rank, size = args.out, len(y), run.rank_and_count()[0], options["batch_size"]
-    names = ["arr_0"] + ["y"] * (net.n_classes > 0) + ["z"] * args.save_z
+    out, n, rank = args.out, len(y), run.rank_and_count()[0]
+    size = args.batch_size or min(n, 64)
+    key = hashlib.sha256(json.dumps([settings, size]).encode()).hexdigest()[:12]
+    parts = run.Parts(f"{out}/parts/{key}", math.ceil(n / size), "npz")
     with run.locked(out):
         if not run.share(rank == 0 and is_finished(args, settings)):
-            key = hashlib.sha256(json.dumps([settings, size]).encode()).hexdigest()[:12]
-            parts = run.Parts(f"{out}/parts_{key}", -(-n // size), "npz")
             if rank == 0 and run.restart_requested(args):  # if killed: continues without --restart
-                for folder in glob.glob(f"{glob.escape(out)}/parts_*"):
-                    shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(f"{out}/parts", ignore_errors=True)
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(f"{out}/samples.json")
             run.gather(None)
-            make_parts(parts, net, y, meta, **options)
+            make_parts(parts, net, y, meta, batch_size=size, **options)
             if rank == 0:
-                first = [dict(np.load(path)) for path in parts.paths[:-(-args.n_sheet // size)]]
+                shown = parts.paths[:math.ceil(args.n_sheet / size)]
+                first = [dict(np.load(path)) for path in shown]
                 images, z, y = (np.concatenate([part[name] for part in first])[:args.n_sheet]
                                 if name in first[0] else None for name in ("arr_0", "z", "y"))
                 run.write_picture(f"{out}/sheet.png", sheet(
                     images, z, y, meta.get("classes") or range(net.n_classes), meta["z_std"]))
+                names = [name for name in first[0] if name != "z" or args.save_z]
                 write_npz(f"{out}/samples.npz", parts, names, n)
                 run.write_json(f"{out}/samples.json", {"settings": settings, "made_with": {
                     "device": str(options["device"]), "torch": torch.__version__,
                     "compile": args.compile, "processes": run.rank_and_count()[1]}})
-                shutil.rmtree(parts.folder)
+                shutil.rmtree(f"{out}/parts")
         if rank == 0 and args.png:
             write_pngs(np.load(f"{out}/samples.npz")["arr_0"], f"{out}/png")
         run.end()
@@ -566,8 +564,7 @@ def main(args):
         "ckpt": f"{config['name']} {pretrained.weights_hash(net)[:16]}", "n_samples": len(y),
         "labels": labels, "n_sheet": args.n_sheet, "save_z": args.save_z,
         "vae": vae and f"{vae.kind} {vae.weights[:16]}"}
-    options |= {"device": device, "batch_size": args.batch_size or min(len(y), 64)}
-    net = net.to(device)
+    options["device"], net = device, net.to(device)
     if args.compile:
         for block in net.blocks:                                 # one block's code serves all
             block.compile(dynamic=False)
@@ -575,12 +572,14 @@ def main(args):
         make_samples(net, y, meta, args, options, settings)
     elif run.rank_and_count()[0] == 0:
         y = y[:min(args.n_sheet, 10)]
-        for name, make in (("compare", compare), ("trajectory", trajectory)):
-            if getattr(args, name):
-                show(name, make, net, y, meta, args, options)
+        if args.compare:
+            show(f"{args.out}/compare.png", compare(net, y, **options), meta, device)
+        if args.trajectory:
+            show(f"{args.out}/trajectory.png", trajectory(net, y, **options), meta, device)
         if args.z_from:
             images, z, y = read_given(args, net, metadata, device)
-            show("variations", variations, net, y, meta, args, options, [("given", images, z)], z=z)
+            show(f"{args.out}/variations.png", variations(net, y, z, **options), meta, device,
+                 [("given", images, z)])
 
 
 if __name__ == "__main__":

@@ -657,6 +657,10 @@ def test_a_vaes_own_scale_and_shift_are_used_once(photos, tmp_path):
         assert vae.decode(scaled).allclose(vae.vae.decode(raw).sample, atol=1e-4)
     assert data.mean_square(raw.numpy(), False, vae.scale, vae.shift) == pytest.approx(
         scaled.square().mean((0, 2, 3)).numpy(), rel=1e-4)
+    with imagined_gpu():                                   # the scale goes where the latents are
+        vae.vae.to("cuda")
+        decoded = vae.decode(pretrained.scaled(raw.to("cuda"), vae.scale, vae.shift))
+        assert decoded.device.type == "cuda" and decoded.shape == (3, 3, 8, 8)
 
 
 def dino(photos):
