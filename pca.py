@@ -143,11 +143,11 @@ def from_official(path, scale=1.0):
             with archive.open(name) as file:
                 stats = OfficialUnpickler(file).load()
         theirs = stats["pca_model"]
-        n, arrays = int(theirs.n_samples_), [np.asarray(array, np.float64) for array in (
+        arrays = [np.asarray(array, np.float64) for array in (
             stats["mean"], stats["std"], theirs.mean_, theirs.components_,
             theirs.explained_variance_)]
         mean, std, centre, components, variance = arrays
-        k, d = components.shape
+        n, (k, d) = int(theirs.n_samples_), components.shape
         if not ([a.shape for a in arrays] == [(d,), (d,), (d,), (k, d), (k,)] and (std > 0).all()
                 and all(np.isfinite(a).all() for a in arrays)):
             raise ValueError("its arrays do not fit together")

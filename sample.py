@@ -564,7 +564,8 @@ def main(args):
         "ckpt": f"{config['name']} {pretrained.weights_hash(net)[:16]}", "n_samples": len(y),
         "labels": labels, "n_sheet": args.n_sheet, "save_z": args.save_z,
         "vae": vae and f"{vae.kind} {vae.weights[:16]}"}
-    options["device"], net = device, net.to(device)
+    options["device"] = device
+    net = net.to(device)
     if args.compile:
         for block in net.blocks:                                 # one block's code serves all
             block.compile(dynamic=False)

@@ -685,15 +685,18 @@ def test_features_are_timms_patch_tokens_on_its_own_normalisation(photos):
     assert encoder.features(images).allclose(theirs, atol=1e-4) and theirs.std() > 0.1
 
 
-def test_vaes_and_encoders_compute_in_full_precision(photos, monkeypatch):
+def test_vaes_and_encoders_compute_in_full_precision_and_leave_the_switches(photos):
+    def switches():
+        return cudnn.enabled, cudnn.allow_tf32, cudnn.deterministic
+
     cudnn, seen, images = torch.backends.cudnn, [], normal(1, 3, 32, 32)
     vae, encoder = pretrained.VAE(str(photos / "vae")), dino(photos)
     for net in (vae.vae.encoder, encoder.net.patch_embed):
-        net.register_forward_pre_hook(lambda *_: seen.append(cudnn.allow_tf32))
-    monkeypatch.setattr(cudnn, "allow_tf32", True)
-    vae.encode(images)
-    encoder.features(images)
-    assert seen == [False, False] and cudnn.allow_tf32
+        net.register_forward_pre_hook(lambda *_: seen.append(switches()))
+    with cudnn.flags(enabled=False, allow_tf32=True, deterministic=False):
+        vae.encode(images)
+        encoder.features(images)
+        assert switches() == (False, True, False) and seen == [(True, False, True)] * 2
 
 
 def test_weights_that_do_not_fit_are_refused(photos, tmp_path):
@@ -956,6 +959,18 @@ def test_a_tar_and_a_tar_of_tars_are_read_as_the_folder_is(photos, tmp_path):
     for name in ("cut.tar", "small.tar.gz"):
         refused(data, preparing(photos, tmp_path / "no", f"--images {tmp_path / name}"),
                 f"{name} is no folder")
+
+
+def test_a_hub_data_set_is_read_as_the_folder_is(photos, tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="no dependency: pip install datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names, y, classes, read = data.open_images(f"hfds/{photos / 'photos'}")
+    assert classes == ["a", "b", "c"] and sorted(y) == [0] * 4 + [1] * 4 + [2] * 3
+    first = data.load_image(photos / "photos/a/00.JPEG")
+    assert np.array_equal(data.load_image(read(names[0])), first)
+    refused(data, preparing(photos, tmp_path / "out", f"--images hfds/{photos / 'none'}"),
+            "none .*; hfds/NAME is a data set")
 
 
 def test_a_hub_data_set_needs_its_package(photos, tmp_path, monkeypatch):
@@ -1632,6 +1647,7 @@ def test_results_json_says_whether_a_run_is_finished_and_restart_keeps_it(
     assert losses(out)[3, "loss"] < losses(out)[0, "loss"]
     assert {"step", "n_images", "frechet_pixels_25_vs_179", "classifier_accuracy_percent"} <= set(
         results) and results["step"] == 8
+    os.utime(out / "ckpt.pt", (2e9, 2e9))                                # the date of no file does
     for unfinished in ("", '{"step": 4}'):
         refused(train, f"--out {out}", "out is done, with 8 steps: raise --steps, or --restart")
         (out / "results.json").write_text(unfinished)

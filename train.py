@@ -178,7 +178,8 @@ class Trainer:
     """A run but for its loop: data, networks, optimizer, steps. args: the flags that are no
     SETTINGS; checkpoint: where to continue, or None. UserError if that does not fit."""
     def __init__(self, settings, args, device, checkpoint=None):
-        (rank, n_processes), repa = run.rank_and_count(), settings["repa"] > 0
+        rank, n_processes = run.rank_and_count()
+        repa = settings["repa"] > 0
         self.settings, self.args, self.device = settings, args, device
         self.dataset = data.open_data(settings["data"], settings["z_channels"], repa)
         meta = self.meta = self.dataset.meta
