@@ -30,7 +30,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
@@ -42,10 +42,6 @@ from run import UserError
 DIGITS, IMAGENET = "prepared/digits", "prepared/imagenet256"           # where they are by default
 FORMAT = 3                                    # of a prepared folder; another number is refused
 SHARD = 1024                                  # files a shard: what a kill costs at most
-UPRIGHT = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
-                          Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
-                          Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
-                          Image.Transpose.ROTATE_90), 2))                 # by EXIF's orientation
 
 
 def to_uint8(x):
@@ -183,9 +179,9 @@ def load_image(file, size=None, grey=False):
         file = open(file, "rb")
     with file, Image.open(file) as image:
         image.load()
-        turn, bits = None, getattr(image, "tag_v2", {}).get(258, (16,))[0]   # 12 in some TIFFs
+        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]           # 12 in some TIFFs
         with contextlib.suppress(Exception):               # pixels are whole where EXIF is not
-            turn = UPRIGHT.get(image.getexif().get(0x0112))
+            ImageOps.exif_transpose(image, in_place=True)
         # convert() would clip these, not scale; early Pillows have 16-bit PNGs in mode I
         if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
             image = Image.fromarray((np.asarray(image) >> bits - 8).astype(np.uint8))
@@ -193,7 +189,6 @@ def load_image(file, size=None, grey=False):
             raise ValueError(f"a {image.format} of mode {image.mode} does not say which value is "
                              "white; save it with 8 or 16 bits")
         image = image.convert("L" if grey else "RGB").convert("RGB")
-    image = image if turn is None else image.transpose(turn)
     if size is None:
         return np.asarray(image)
     while min(image.size) >= 2 * size:
