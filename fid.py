@@ -69,7 +69,7 @@ import pretrained
 # the weights of 2015 in PyTorch's format, by pytorch-fid; their sha256 begins as the name ends
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth")
-DINOV2 = "vit_large_patch14_dinov2.lvd142m"     # FD-DINOv2 (arXiv 2306.04675), on 224 pixels
+FD_DINOV2 = "vit_large_patch14_dinov2.lvd142m"     # FD-DINOv2 (arXiv 2306.04675), on 224 pixels
 N_UNBIASED = 50_000                             # samples that the papers' tables use
 SPLIT = 5_000                                   # images a split of the Inception Score (ADM's)
 NEIGHBOURS = 3                                  # of precision and recall (arXiv 1904.06991; ADM's)
@@ -219,7 +219,7 @@ class Space:
                 self.published = not weights or is_published(weights)
             else:
                 if name == "dinov2":
-                    name, settings = DINOV2, {"img_size": 224} | settings
+                    name, settings = FD_DINOV2, {"img_size": 224} | settings
                 self.net, mean, std, size = pretrained.timm_network(name, weights, settings)
                 self.mean, self.std = mean.to(device), std.to(device)
                 self.size = size or settings.get("img_size",
@@ -395,7 +395,7 @@ def grey_pixels(images):
 
 
 @functools.lru_cache(maxsize=1)
-def digit_judges():
+def digit_classifiers():
     """Two scikit-learn classifiers trained on real training digits: an SVM that reads digits, and
     an MLP whose hidden layer is a feature space. Neither knows of the convnet that makes z."""
     from sklearn.neural_network import MLPClassifier
@@ -409,7 +409,7 @@ def digit_judges():
 
 def hidden_layer(images):
     """uint8 digits (n, 8, 8, 3) -> ReLU activations (n, 64) of the MLP judge's hidden layer."""
-    _, mlp = digit_judges()
+    _, mlp = digit_classifiers()
     return np.maximum(grey_pixels(images) @ mlp.coefs_[0] + mlp.intercepts_[0], 0)
 
 
@@ -427,7 +427,7 @@ def judge_digits(images, y=None):
     metrics = {f"{name}_{len(images)}_vs_{len(reference)}": distance
                for name, distance in digit_distances(images, reference).items()}
     if y is not None:
-        reader, _ = digit_judges()
+        reader, _ = digit_classifiers()
         for name, digits, labels in (
                 ("classifier_accuracy_percent", images, y),
                 ("classifier_accuracy_on_real_percent", reference, real_y)):
@@ -435,8 +435,8 @@ def judge_digits(images, y=None):
     return metrics
 
 
-def judge(args):
-    """Metrics of the digits in args.samples, by judges that know real digits."""
+def metrics_of_digits(args):
+    """Metrics of the digits in args.samples, by classifiers of real digits."""
     if args.features != "inception" or args.weights or args.features_kwargs or args.save_stats:
         raise UserError("the reference digits has judges of its own; leave out --features, "
                         "--weights, --features_kwargs and --save_stats")
@@ -449,7 +449,7 @@ def judge(args):
     return judge_digits(np.concatenate(list(images.batches(1000))), y)
 
 
-def judge_in_space(args):
+def metrics_in_space(args):
     """Metrics in the space that args say, and what they are of."""
     samples = ImageSet(args.samples)
     height, width = samples.size or (None, 0)
@@ -476,7 +476,7 @@ def judge_in_space(args):
 
 
 def main(args):
-    result = judge(args) if args.reference == "digits" else judge_in_space(args)
+    result = metrics_of_digits(args) if args.reference == "digits" else metrics_in_space(args)
     for name, value in result.items():
         if isinstance(value, float):
             print(f"{name:40s} {value:.4f}")

@@ -321,6 +321,11 @@ class ReDi(nn.Module):
         pred_z = self.unpatchify(self.final_layer.linear_z(h_z)) if self.r else None
         return pred_x, pred_z, *hidden
 
+    def compile_blocks(self):
+        """torch.compile each block: they are alike, so that one's code serves all."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
     def unpatchify(self, h):
         """(B, L, p * p * channels) -> (B, channels, H, W); a token is ordered (p, p, channel)."""
         g, p = self.x_size // self.patch, self.patch

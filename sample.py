@@ -370,17 +370,18 @@ def trajectory(net, y, n=8, **options):
 def check_guidance(metadata, args):
     """UserError where the model cannot be guided as asked; a warning where that is not known."""
     config, settings = metadata["config"], metadata["settings"]
-    for weight, dropout, found in (
-            ("w_r", "p_drop_z", config["r"] == 0 and "no features, but --fusion none. Use"),
-            ("w_cfg", "p_drop_y", config["n_classes"] == 0 and "no classes. Use")):
-        value = getattr(args, weight)
+    for weight, dropout, n, what in (
+            ("w_r", "p_drop_z", config["r"], "features, but --fusion none"),
+            ("w_cfg", "p_drop_y", config["n_classes"], "classes")):
+        value, share = getattr(args, weight), settings.get(dropout)
         if value == 1:
             continue
         needs = f"--{weight} {value:g} needs a model trained with --{dropout} > 0; {args.ckpt}"
-        found = found or settings.get(dropout) == 0 and "0. Retrain, or use"
-        if found:
-            raise UserError(f"{needs} has {found} --{weight} 1")
-        if settings.get(dropout) is None and weight == "w_r":
+        if n == 0:
+            raise UserError(f"{needs} has no {what}. Use --{weight} 1")
+        if share == 0:
+            raise UserError(f"{needs} has 0. Retrain, or use --{weight} 1")
+        if share is None and weight == "w_r":              # published CFG is known to work
             warn(f"{needs} does not record it")
 
 
@@ -567,8 +568,7 @@ def main(args):
     options["device"] = device
     net = net.to(device)
     if args.compile:
-        for block in net.blocks:                                 # one block's code serves all
-            block.compile(dynamic=False)
+        net.compile_blocks()
     if not (args.compare or args.trajectory or args.z_from):
         make_samples(net, y, meta, args, options, settings)
     elif run.rank_and_count()[0] == 0:

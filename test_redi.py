@@ -2623,7 +2623,7 @@ def test_the_judges_read_real_digits_and_not_noise(tmp_path, capsys):
     assert judged.items() >= {f"{name}_400_vs_179": distance for name, distance in
                               fid.digit_distances(noise, images).items()}.items()
     assert not any("accuracy" in name for name in fid.judge_digits(noise))         # without classes
-    _, mlp = fid.digit_judges()
+    _, mlp = fid.digit_classifiers()
     last = fid.hidden_layer(images) @ mlp.coefs_[1] + mlp.intercepts_[1]
     assert (last.argmax(1) == mlp.predict(fid.grey_pixels(images))).all()
     np.savez(tmp_path / "real", arr_0=images, y=y[1:])

@@ -226,8 +226,7 @@ class Trainer:
         net.grad_checkpointing = args.grad_checkpointing
         if args.compile:
             torch._dynamo.config.optimize_ddp = False    # it would cut the blocks into pieces
-            for block in net.blocks:                                 # one block's code serves all
-                block.compile(dynamic=False)
+            net.compile_blocks()
         self.parallel = self.loss
         if n_processes > 1:
             self.parallel = DistributedDataParallel(self.loss, broadcast_buffers=False,
@@ -543,7 +542,7 @@ def main(args):
         settings = resolve(args, checkpoint)
         check(settings, args.micro_batch_size)
         done = checkpoint["step"] if checkpoint else 0
-        if done + is_finished(out, done) > settings["steps"]:
+        if done > settings["steps"] or done == settings["steps"] and is_finished(out, done):
             raise UserError(f"{out} is done, with {done} steps: raise --steps, or --restart")
         if rank == 0:
             data.open_data(settings["data"], settings["z_channels"])         # made by one
