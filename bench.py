@@ -1,8 +1,8 @@
 """The evidence: how much sooner a network learns with ReDi, how fast the code is, where z helps.
 
-    python bench.py methods                      # every method on digits: rows, table and figure
-    python bench.py speed --official ReDi        # images/s beside the authors' code, a clone of it
-    python bench.py losses --ckpt out/ckpt.pt    # losses over time, with z and without
+    torchrun --nproc_per_node=2 bench.py methods     # every method on digits: table and figure
+    python bench.py speed --official ReDi            # images/s beside the authors' code, a clone
+    python bench.py losses --ckpt out/ckpt.pt        # losses over time, with z and without
 """
 import argparse
 import contextlib
@@ -11,16 +11,12 @@ import glob
 import itertools
 import json
 import math
-import multiprocessing
 import os
-import signal
 import statistics
 import sys
 import tempfile
-import threading
 import time
 import types
-from concurrent.futures import ThreadPoolExecutor
 
 import run
 from run import UserError
@@ -55,7 +51,6 @@ def parser():
     q.flag("only", "", "runs with this in their name, such as SiT-unconditional-merged-0")
     q.flag("n_samples", 1_000, "samples a row", type=several)
     q.flag("sample_steps", 25, "sampling steps of the SDE, or of DiT's chain", type=several)
-    q.flag("jobs", os.cpu_count(), "runs at once, one thread each", type=run.count)
     q.flag("out", "results/digits.jsonl", "the rows, those that are there are not made again; the "
            "table goes beside them, as .md", metavar="FILE")
     q.flag("figure", "assets/methods.png", "the figure", metavar="FILE")
@@ -171,84 +166,55 @@ def judged(path, key, device, batch_size=125):
 
 def make_rows(args, name, settings, keys):
     """What is not there of a run: its training, and its rows."""
-    out, last = f"runs/digits/{name}", args.points[-1]
+    out, last, rows = f"runs/digits/{name}", args.points[-1], read_rows(args.out, keys)
     paths = {step: f"{out}/ema_{step:07d}.pt" for step in args.points}
-    if not all(map(os.path.exists, paths.values())):
+    if not all(rows) and not all(map(os.path.exists, paths.values())):
         rms = settings.get("z_rms")
         if rms:
             settings = settings | {"data": f"prepared/digits_z_rms_{rms:g}"}
             unit = data.open_data("digits", 0).meta["encoders"][0]["scale"]
             data.prepare_digits(settings["data"], scale=rms * unit)
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), \
-                contextlib.redirect_stderr(nowhere):       # the bars of several runs
-            train.main(train_args(settings | {
-                "steps": last, "keep_every": math.gcd(*args.points), "preview_every": last,
-                "sample_steps": args.sample_steps, "judge": False, "device": args.device,
-                "bf16": False, "compile": False, "out": out}))
+        train.main(train_args(settings | {
+            "steps": last, "keep_every": math.gcd(*args.points), "preview_every": last,
+            "sample_steps": args.sample_steps, "judge": False, "device": args.device,
+            "bf16": False, "compile": False, "out": out}))
         for path in {*glob.glob(f"{glob.escape(out)}/ema_*.pt")} - {*paths.values()}:
             os.remove(path)
     device = run.pick_device(args.device)
-    for key, row in zip(keys, read_rows(args.out, keys)):
+    for key, row in zip(keys, rows):
         if not row:
             append_row(args.out, key | judged(paths[key["step"]], key, device)
                        | {"device": device_name(device)})
 
 
-def work(of_run):
-    """make_rows() in a process of its own. Ctrl-C is for the parent, whose SIGTERM lets train.py
-    save; a dead parent ends it at once."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    run.run_cli(lambda of_run: make_rows(*of_run), of_run)
-
-
-def make_run(args, name, settings, keys):
-    """Start work() and wait for it, if rows are not there."""
-    if not all(read_rows(args.out, keys)):
-        process = multiprocessing.get_context("spawn").Process(
-            target=work, args=((args, name, settings, keys),), daemon=True)
-        process.start()
-        process.join()
-        if not all(read_rows(args.out, keys)):
-            raise UserError(f"the run {name} ended before its rows were made; the same command "
-                            "continues it")
-
-
 def methods(args):
-    """Make all rows, the table and the figure; what is there is not made again."""
+    """Make the rows that are not there, the table and the figure. Of torchrun's processes each
+    takes runs of its own."""
     with run.blamed_on("methods draws a figure", "pip install matplotlib"):
         import matplotlib.figure  # noqa: F401, before hours of work
     args.points = sorted(set(args.points))
     plan, digits = planned(args), data.to_images(data.digits()[0])
-    runs = [(args, name, *plan[name]) for name in plan if args.only in name]
-    if not runs:
+    names = [name for name in plan if args.only in name]
+    if not names:
         raise UserError(f"--only {args.only} is in no run's name, such as {next(iter(plan))}")
-    floor = [dict.fromkeys(("family", "conditional", "step", "w_r")) | {
-        "method": "floor", "seed": seed, "n_samples": len(digits) // 2} for seed in range(5)]
-    for key, row in zip(floor, read_rows(args.out, floor)):
-        if not row:                                        # what a perfect sampler would come to
-            shuffled = np.random.default_rng(key["seed"]).permutation(digits)
-            append_row(args.out, key | fid.digit_distances(*np.array_split(shuffled, 2)))
-    data.prepare_digits()                                  # by one process
+    rank, n_processes = run.rank_and_count()
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}         # a run knows of no other process
+    torch.set_num_threads(1)                               # faster for so small a network
     os.makedirs(os.path.dirname(args.figure) or ".", exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    os.environ["OMP_NUM_THREADS"] = "1"                    # in each worker
+    data.prepare_digits()
+    halves = []                                            # what a perfect sampler would come to
+    for seed in range(5):
+        shuffled = np.random.default_rng(seed).permutation(digits)
+        halves.append(fid.digit_distances(*np.array_split(shuffled, 2)))
     keys = [key for _, keys in plan.values() for key in keys]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        try:
-            for n, _ in enumerate(pool.map(lambda of_run: make_run(*of_run), runs), 1):
-                rows, halves = read_rows(args.out, keys), read_rows(args.out, floor)
-                rows = [row for row in rows if row]
-                text = "\n".join(table(rows, halves, metric) for metric in METRICS)
-                run.write_whole(f"{os.path.splitext(args.out)[0]}.md",
-                                lambda file: file.write(text.encode()))
-                run.write_whole(args.figure, figure(rows, halves).savefig)
-                print(f"{n} of {len(runs)} runs are in {args.out}", flush=True)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
+    for name in names[rank::n_processes]:
+        make_rows(args, name, *plan[name])
+        rows = [row for row in read_rows(args.out, keys) if row]
+        text = "\n".join(table(rows, halves, metric) for metric in METRICS)
+        run.write_whole(f"{os.path.splitext(args.out)[0]}.md",
+                        lambda file: file.write(text.encode()))
+        run.write_whole(args.figure, figure(rows, halves).savefig)
+        print(f"{name}: {len(rows)} of {len(keys)} rows are in {args.out}", flush=True)
 
 
 def values(rows, metric, setting, method, w_r=1.0):
