@@ -86,8 +86,8 @@ def open_images(source):
     with run.blamed_on(f"--images {source} is no folder and no .tar", "unpack or decompress it"), \
             tarfile.open(source, "r:") as archive:
         files = dict(tar_files(archive))
-    top = os.path.commonpath([os.path.dirname(name) for name in files] or [""]) or "."
-    files = {os.path.relpath(name, top): place for name, place in files.items()}
+        top = os.path.commonpath([os.path.dirname(name) for name in files] or [""]) or "."
+        files = {os.path.relpath(name, top): place for name, place in files.items()}
 
     def read(name):
         start, size = files[os.fsdecode(name)]
@@ -294,14 +294,16 @@ class Preparation:
             for images, good, skipped in batches:
                 why = max([why, *skipped.values()])
                 f = self.encode(encoder.features, images, len(good))
-                moments.update(f.permute(0, 2, 3, 1).flatten(0, 2).cpu().numpy())
+                with run.blamed_on(f"--encoder {encoder.name}", "are its weights damaged?"):
+                    moments.update(f.permute(0, 2, 3, 1).flatten(0, 2).cpu().numpy())
             run.write_whole(path, lambda file: np.savez(file, **vars(moments)))
         if run.rank_and_count()[0] == 0:
             total = pca.Moments(encoder.d)
             for path in parts.paths:                       # in the same order every time
                 with np.load(path) as moments:
                     total.merge(moments["n"], moments["sum"], moments["outer"])
-            with run.blamed_on(f"--images {args.images}", f"too few of its files are images {why}"):
+            with run.blamed_on(f"--images {args.images}", f"too few of its files are images {why}; "
+                               f"mend them and remove {self.out}"):
                 fitted = pca.fit(total, args.r_keep, args.pca_scale or 1.0, encoder.name,
                                  encoder.config["weights"])
             fitted.save(f"{self.out}/{pca_name(i)}")
@@ -692,7 +694,7 @@ def train_digit_encoder(x, y, epochs=20, batch_size=64, seed=0):
 def prepare_digits(out=DIGITS, scale=None):
     """Write the training digits as a prepared folder, unless it is there. Takes ten seconds.
     scale: z's, as in pca.fit(); None: that by which its first 4 channels have RMS 1, like x."""
-    settings = {"images": "scikit-learn's digits", "pca_scale": scale}
+    settings = {"images": "scikit-learn's digits"} | ({"pca_scale": scale} if scale else {})
     if os.path.exists(f"{out}/meta.json") and is_complete(out, settings):
         return
     with run.locked(out, seconds=120):
@@ -733,6 +735,9 @@ def main(args):
         warnings.simplefilter("ignore")                    # Pillow's, of files it can read
         prepare(args)
     else:
+        for name, value in vars(args).items():
+            if name not in ("out", "pca_scale") and value != parser().get_default(name):
+                raise UserError(f"--{name} is for --images; of the digits, leave it out")
         prepare_digits(out, args.pca_scale)
         print(f"{out}: {read_meta(out)['n']:,} images of 10 classes")
 

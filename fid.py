@@ -437,9 +437,10 @@ def judge_digits(images, y=None):
 
 def metrics_of_digits(args):
     """Metrics of the digits in args.samples, by classifiers of real digits."""
-    if args.features != "inception" or args.weights or args.features_kwargs or args.save_stats:
+    of_others = args.weights, args.features_kwargs, args.save_stats, args.device
+    if args.features != "inception" or any(of_others):
         raise UserError("the reference digits has judges of its own; leave out --features, "
-                        "--weights, --features_kwargs and --save_stats")
+                        "--weights, --features_kwargs, --save_stats and --device")
     images, y = ImageSet(args.samples), None
     if images.size != (8, 8):
         raise UserError(f"{args.samples} holds images of {images.size}, digits are of (8, 8)")

@@ -8,6 +8,7 @@ recorded number `scale` (as in ReDi, arXiv 2504.16064). fid.py uses the same mom
 """
 import dataclasses
 import glob
+import os
 import pickle
 import types
 import zipfile
@@ -197,6 +198,8 @@ def show(name, pca):
 
 def main(args):
     if args.from_official:
+        if os.path.exists(args.out):
+            raise run.UserError(f"--out {args.out} is there already; choose another")
         pca = from_official(args.from_official, args.pca_scale)
         pca.save(args.out)
         show(args.out, pca.first(min(8, len(pca.variance))))

@@ -11,10 +11,10 @@ import concurrent.futures
 import contextlib
 import datetime
 import errno
-import glob
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -68,7 +68,7 @@ def run_cli(main, args):
 def say_interrupted(kind, error, trace):
     """sys.excepthook: Ctrl-C is one line, while torch is imported, too."""
     if kind is KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        print("interrupted; the same command continues, or begins again", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -292,16 +292,20 @@ def locked(folder, seconds=2):
         yield
         return
     import filelock                                        # comes with torch
-    os.makedirs(folder, exist_ok=True)
+    with blamed_on(f"{folder} cannot be a folder", "choose another --out"):
+        os.makedirs(folder, exist_ok=True)
     try:
         lock = filelock.FileLock(f"{folder}/.lock").acquire(timeout=seconds)
     except filelock.Timeout:
         raise UserError(f"another command is writing to {folder}: wait for its end, or choose "
                         "another --out") from None
     with lock:
-        # of write_whole() in a command that was killed
-        for part in glob.glob(f"{glob.escape(folder)}/**/*.{8 * '[0-9a-f]'}.part", recursive=True):
-            os.remove(part)
+        for top, folders, names in os.walk(folder):        # of write_whole() in a killed command
+            folders[:] = [name for name in folders         # but not of another, that may live
+                          if not os.path.exists(f"{top}/{name}/.lock")]
+            for name in names:
+                if re.search(r"\.[0-9a-f]{8}\.part$", name):
+                    os.remove(f"{top}/{name}")
         try:
             yield
         finally:

@@ -67,6 +67,7 @@ if __name__ == "__main__":     # before torch, which takes seconds: --help and t
     args = parser().parse_args()
 
 import contextlib
+import glob
 import hashlib
 import itertools
 import json
@@ -90,7 +91,7 @@ from run import UserError
 
 
 def guided(net, y, w_cfg=1.0, w_r=1.0, cfg_on="x", rg_on="x", cfg_interval=(0.0, 1.0)):
-    """predict(state, t) -> a prediction for each part of state, for solvers that know no guidance.
+    """predict(state, t) -> a prediction for each part of state, for any solver.
 
     With e(z, y) the network's prediction for x_t, z_t and label y:
         e(z, y) + (w_cfg - 1) [e(z, y) - e(z, null)] + (w_r - 1) [e(z, y) - e(0, y)]
@@ -229,7 +230,8 @@ def check_solver(name, solver, steps, flag="--steps"):
     least = 1 if solver in ("euler", "heun") else 2
     most = model.DDPM.n_timesteps if family == "DiT" else math.inf
     if not least <= steps <= most:
-        raise UserError(f"{flag} {steps}: the solver {solver} takes {least} to {most}")
+        up_to = f"to {most}" if family == "DiT" else "or more"
+        raise UserError(f"{flag} {steps}: the solver {solver} takes {least} {up_to}")
     return solver
 
 
@@ -411,18 +413,22 @@ def vae_for(args, metadata, device):
     return vae
 
 
-def make_parts(parts, net, y, meta, **options):
-    """Sample the batches that are absent, a part each: arr_0, the images, y and z, where the net
-    has them. Decoding and writing overlaps with the next batch."""
+def check_finite(x, what):
+    if not x.isfinite().all():
+        raise UserError(f"{what} hold NaN or infinity; lower --w_cfg and --w_r, try --no-bf16, or "
+                        "an earlier checkpoint")
+
+
+def make_parts(parts, net, y, meta, n_z, **options):
+    """Sample the batches that are absent, a part each: arr_0, the images, y and, of the first n_z,
+    z, where the net has them. Decoding and writing overlaps with the next batch."""
     def write(part):
         path, (rows, state) = part
         x, *z = (each[:len(rows)] for each in state)
-        if not x.isfinite().all():
-            raise UserError(f"the samples {rows.start} to {rows.stop - 1} hold NaN or infinity; "
-                            "lower --w_cfg and --w_r, try --no-bf16, or an earlier checkpoint")
+        check_finite(x, f"the samples {rows.start} to {rows.stop - 1}")
         arrays = {"arr_0": data.decode(x, meta, options["device"])}
         arrays |= {"y": y[rows.start:rows.stop].numpy()} if net.n_classes else {}
-        arrays |= {"z": z[0].float().cpu().numpy()} if net.r else {}
+        arrays |= {"z": z[0].float().cpu().numpy()} if net.r and rows.start < n_z else {}
         run.write_whole(path, lambda file: np.savez(file, **arrays))
 
     mine = parts.mine()
@@ -450,23 +456,32 @@ def write_npz(path, parts, names, n):
 
 
 def write_pngs(images, folder):
-    """000000.png and on, in a new folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder)
+    """000000.png and on, instead of those of earlier samples."""
+    os.makedirs(folder, exist_ok=True)
+    for path in glob.glob(f"{glob.escape(folder)}/{6 * '[0-9]'}.png"):
+        os.remove(path)
     for _ in run.prefetch(lambda i: Image.fromarray(images[i]).save(f"{folder}/{i:06d}.png"),
                           range(len(images)), os.cpu_count()):
         pass
 
 
+def remove_parts(out):
+    """Those of make_samples(), of any settings."""
+    for folder in glob.glob(f"{glob.escape(out)}/parts/{12 * '[0-9a-f]'}"):
+        shutil.rmtree(folder)
+    with contextlib.suppress(OSError):                     # none, or it holds other things
+        os.rmdir(f"{out}/parts")
+
+
 def is_finished(args, settings):
     """Whether args.out holds samples of these settings. UserError if it has others, unless
     --restart is to replace them."""
-    names = [f"{args.out}/samples.{kind}" for kind in ("json", "npz")]
-    if args.restart or not all(map(os.path.exists, names)):
+    npz, about = (f"{args.out}/samples.{kind}" for kind in ("npz", "json"))
+    if args.restart or not os.path.exists(npz):
         return False
-    with run.blamed_on(" or ".join(names) + " is damaged", "choose another --out, or --restart"), \
-            open(names[0]) as file:
-        zipfile.ZipFile(names[1]).close()
+    with run.blamed_on(f"{npz} or {about} is damaged", "choose another --out, or --restart"), \
+            open(about) as file:
+        zipfile.ZipFile(npz).close()
         stored = json.load(file)["settings"]
     for key, value in settings.items():
         if stored.get(key) != value:
@@ -477,6 +492,8 @@ def is_finished(args, settings):
 
 def show(path, versions, meta, device, above=()):
     """Draw versions [(name, x, z)], below those `above` of [(name, images, z)]."""
+    for name, x, _ in versions:
+        check_finite(x, f"the samples {name}")
     drawn = [(name, data.decode(x, meta, device), z) for name, x, z in versions]
     os.makedirs(os.path.dirname(path), exist_ok=True)
     run.write_picture(path, image_grid([*above, *drawn], meta["z_std"]))
@@ -519,11 +536,13 @@ def make_samples(net, y, meta, args, options, settings):
     with run.locked(out):
         if not run.share(rank == 0 and is_finished(args, settings)):
             if rank == 0 and run.restart_requested(args):  # if killed: continues without --restart
-                shutil.rmtree(f"{out}/parts", ignore_errors=True)
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(f"{out}/samples.json")
+                remove_parts(out)
+                for name in ("json", "npz"):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.remove(f"{out}/samples.{name}")
             run.gather(None)
-            make_parts(parts, net, y, meta, batch_size=size, **options)
+            make_parts(parts, net, y, meta, n if args.save_z else args.n_sheet, batch_size=size,
+                       **options)
             if rank == 0:
                 shown = parts.paths[:math.ceil(args.n_sheet / size)]
                 first = [dict(np.load(path)) for path in shown]
@@ -532,11 +551,11 @@ def make_samples(net, y, meta, args, options, settings):
                 run.write_picture(f"{out}/sheet.png", sheet(
                     images, z, y, meta.get("classes") or range(net.n_classes), meta["z_std"]))
                 names = [name for name in first[0] if name != "z" or args.save_z]
-                write_npz(f"{out}/samples.npz", parts, names, n)
                 run.write_json(f"{out}/samples.json", {"settings": settings, "made_with": {
                     "device": str(options["device"]), "torch": torch.__version__,
                     "compile": args.compile, "processes": run.rank_and_count()[1]}})
-                shutil.rmtree(f"{out}/parts")
+                write_npz(f"{out}/samples.npz", parts, names, n)
+                remove_parts(out)
         if rank == 0 and args.png:
             write_pngs(np.load(f"{out}/samples.npz")["arr_0"], f"{out}/png")
         run.end()

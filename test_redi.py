@@ -146,10 +146,16 @@ def test_a_file_is_whole_whoever_writes_it_and_whatever_fails(tmp_path):
 
 
 def test_a_folder_has_one_writer_and_a_mistake_leaves_none(tmp_path):
-    for name in ("half.0123abcd.part", "film.mkv.part"):   # of one that was killed; the user's
-        (tmp_path / name).touch()
+    with run.locked(tmp_path / "other"):                   # and what it writes is its own
+        for name in ("half.0123abcd.part", "film.mkv.part", "other/x.0123abcd.part"):
+            (tmp_path / name).touch()
+        with run.locked(tmp_path):
+            assert sorted(os.listdir(tmp_path)) == [".lock", "film.mkv.part", "other"]
+        assert sorted(os.listdir(tmp_path / "other")) == [".lock", "x.0123abcd.part"]
+    with pytest.raises(UserError, match="mkv.part cannot be a folder"), \
+            run.locked(tmp_path / "film.mkv.part"):
+        pass
     with run.locked(tmp_path):
-        assert sorted(os.listdir(tmp_path)) == [".lock", "film.mkv.part"]
         with pytest.raises(UserError, match=f"another command is writing to {tmp_path}"), \
                 run.locked(tmp_path, seconds=0.1):
             pass
@@ -220,7 +226,8 @@ def test_ctrl_c_while_importing_is_one_line(tmp_path, script):
     done = subprocess.run([sys.executable, HERE / script, *["x", "y"][:2 * (script == "fid.py")]],
                           env=os.environ | {"PYTHONPATH": str(tmp_path)}, cwd=tmp_path,
                           capture_output=True, text=True)
-    assert done.stderr == "interrupted; the same command continues\n" and done.returncode != 0
+    said = "interrupted; the same command continues, or begins again\n"
+    assert done.stderr == said and done.returncode != 0
 
 
 @pytest.mark.parametrize("parser", [
@@ -442,6 +449,7 @@ def test_the_authors_file_is_converted_without_running_it(features, tmp_path):
         torch.save(stats | wrong, tmp_path / "official.pth")
         refused(pca, f"--from_official {tmp_path}/official.pth", words)
     assert not (tmp_path / "evil").exists()
+    refused(pca, f"--from_official x --out {tmp_path}/official.pth", "is there already")
 
 
 @needs_shared
@@ -958,7 +966,10 @@ def test_a_tar_and_a_tar_of_tars_are_read_as_the_folder_is(photos, tmp_path):
         for name, file in zip(names, image_files(photos), strict=True):
             assert read(name).getvalue() == file.read_bytes()
     (tmp_path / "cut.tar").write_bytes((tmp_path / "flat.tar").read_bytes()[:5000])
-    for name in ("cut.tar", "small.tar.gz"):
+    with tarfile.open(tmp_path / "roots.tar", "w") as archive:
+        for name in "/a", "a":
+            archive.addfile(tarfile.TarInfo(name))
+    for name in ("cut.tar", "small.tar.gz", "roots.tar"):
         refused(data, preparing(photos, tmp_path / "no", f"--images {tmp_path / name}"),
                 f"{name} is no folder")
 
@@ -1023,6 +1034,10 @@ def test_digits_may_lie_anywhere_and_are_known_by_what_they_are(
         main(data, f"--out {tmp_path}/here")
     assert "here: 1,618 images of 10 classes" in capsys.readouterr().out
     assert data.open_data(f"{tmp_path}/here", 4).meta["name"] == "digits"
+    main(data, f"--pca_scale 2 --out {tmp_path}/scaled")
+    main(data, f"--out {tmp_path}/scaled")                               # taken as they are
+    refused(data, f"--pca_scale 3 --out {tmp_path}/scaled", "another --pca_scale: 2.0, now 3.0")
+    refused(data, f"--size 64 --out {tmp_path}/here", "--size is for --images")
     assert prepared.meta["name"] == "images of photos"                   # so photos/digits is none
     refused(data, f"--out {photos}/prepared", "another --images: 11 files .*, now scikit-learn's")
 
@@ -1143,6 +1158,7 @@ def test_bad_files_are_left_out_and_named_but_not_for_the_disks_trouble(
 
 
 def test_other_settings_overwrite_nothing_and_latents_have_rms_1(photos, prepared, tmp_path):
+    import safetensors.torch
     out, before = photos / "prepared", content(photos / "prepared")
     for flags, words in (("--size 64", "another --size: 32, now 64"), ("--bf16", "other --bf16"),
                          (f"--images {photos / 'bad'}", "another --images: 11 files")):
@@ -1157,6 +1173,10 @@ def test_other_settings_overwrite_nothing_and_latents_have_rms_1(photos, prepare
     better = 1.5 / np.sqrt(np.square(prepared.meta["x_rms"]).mean())     # a scale of RMS 1
     refused(data, preparing(photos, tmp_path / "out", "--vae_scale 9"),
             f"have RMS .*: take --vae_scale {better:.4g}, and another --out")
+    broken = safetensors.torch.load_file(photos / "encoder.safetensors")
+    torch.save(broken | {"norm.weight": broken["norm.weight"] * np.nan}, tmp_path / "nan.pth")
+    refused(data, preparing(photos, tmp_path / "nan", f"--encoder_weights {tmp_path}/nan.pth"),
+            "--encoder vit_base.*NaN.*damaged")
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -1666,8 +1686,12 @@ def test_results_json_says_whether_a_run_is_finished_and_restart_keeps_it(
     names = ["ckpt.pt", "ckpt_prev.pt", "log.jsonl", "results.json"]
     kept = content(out)
     refused(train, f"--restart --lr 1e30 --steps 6 --batch_size 8 --out {out}", "became NaN")
-    assert all((out / f"{name}.old").read_bytes() == kept[name] for name in names)
+    assert all((out / f"{name}.old1").read_bytes() == kept[name] for name in names)
     assert not set(names) & set(os.listdir(out))
+    (out / "ckpt.pt").write_bytes(b"second")
+    refused(train, f"--restart --lr 1e30 --steps 6 --batch_size 8 --out {out}", "became NaN")
+    assert (out / "ckpt.pt.old1").read_bytes() == kept["ckpt.pt"]
+    assert (out / "ckpt.pt.old2").read_bytes() == b"second"
 
 
 def test_init_starts_from_the_average_and_is_not_needed_afterwards(there, tmp_path, capsys):
@@ -1675,7 +1699,7 @@ def test_init_starts_from_the_average_and_is_not_needed_afterwards(there, tmp_pa
     path = shutil.copy("out/ckpt.pt", tmp_path / "start.pt")
     flags = f"--batch_size 2 --sample_steps 2 --lr 1e-12 --out {tmp_path}/out --init"
     refused(train, f"{flags} {tmp_path}/redi.pt", "--init .*redi.pt: it has 3 channels of z, this")
-    refused(train, f"{flags} {tmp_path}/none.pt", "--init .*none.pt: no such file")
+    refused(train, f"{flags} {tmp_path}/none.pt", "--init .*none.pt: no checkpoint at")
     main(train, f"--steps 1 {flags} {path}")
     started = pretrained.load_checkpoint(f"{tmp_path}/out/ckpt.pt")["net"]
     for name, weight in pretrained.load_checkpoint(path)["ema"].items():
@@ -1731,6 +1755,12 @@ def test_loss_png_has_the_logs_numbers_over_steps(tmp_path, monkeypatch):
     drawn = {axes.get_ylabel(): axes.lines[0].get_xydata().tolist() for axes in figures[0].axes}
     assert drawn == {"loss_x": [[2, 3], [4, 2]], "loss_z": [[2, 5]],
                      "images_per_s": [[2, 7], [4, 9]]}
+    with open(tmp_path / "log.jsonl", "a") as file:           # from outside; torn
+        file.write('\n[1]\n"step"\n{"steps": 1}\n{"step": 3}\n{"step": 5}\n{"step"')
+    train.truncate_log(tmp_path / "log.jsonl", 4)
+    kept = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [*map(json.loads, kept)] == [*log, {"step": 3}]
+    train.draw_log(tmp_path, ["loss_x", "images_per_s"])      # as of another method
     (tmp_path / "log.jsonl").write_text("")                   # all of it after a checkpoint
     train.draw_log(tmp_path, ["loss_x", "images_per_s"])
 
@@ -2076,6 +2106,7 @@ def test_compare_and_trajectory_name_their_rows_and_start_from_the_same_noise(th
     y, how = torch.arange(3), {"steps": 4, "batch_size": 3}
     versions = sample.compare(net, y, 2.0, 1.5, **how)
     assert [name for name, *_ in versions] == ["no guidance", "CFG 2", "RG 1.5", "both"]
+    refused(sample, f"--w_r 1e38 --steps 4 --compare --out {tmp_path}", "samples RG 1e.38 hold NaN")
     for (_, *state), (w_cfg, w_r) in zip(versions, ((1, 1), (2, 1), (1, 1.5), (2, 1.5))):
         wanted = sample.generate(net, y, w_cfg=w_cfg, w_r=w_r, **how)
         assert all(torch.equal(a, b) for a, b in zip(state, wanted))
@@ -2131,16 +2162,23 @@ def test_z_and_pngs_are_kept_if_asked_and_what_is_finished_stays(make, whole, tm
         pngs = np.stack([Image.open(out / f"png/{i:06d}.png") for i in range(22)])
         assert (kept["arr_0"] == pngs).all()
     assert sorted(os.listdir(out)) == [".lock", "png", "samples.json", "samples.npz", "sheet.png"]
+    theirs = [out / "png/photo.png", out / "parts/chapter.tex"]
+    (out / "parts").mkdir()
+    for path in theirs:
+        path.write_text("the user's")
     before = content(out)
     for flags in ("--n_samples 3", "--seed 1", "--w_r 1.5", "--n_sheet 3", "--labels random"):
         with pytest.raises(UserError, match=f"another {flags.split()[0]}: .*--restart to replace"):
             make(f"--save_z {flags}")
     make("--save_z")                                       # nothing to do
     assert content(out) == before
-    (out / "samples.npz").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="samples.npz is damaged.*--restart"):
-        make("--save_z")
-    assert make("--restart") == made(whole)
+    for npz, json_is_there in ((b"damaged", True), (before["samples.npz"], False)):
+        (out / "samples.npz").write_bytes(npz)
+        json_is_there or os.remove(out / "samples.json")
+        with pytest.raises(UserError, match="samples.npz or .*json is damaged.*--restart"):
+            make("--save_z")
+    assert make("--restart --png --n_samples 2") and len(os.listdir(out / "png")) == 3
+    assert make("--restart") == made(whole) and all(path.exists() for path in theirs)
 
 
 def no_disk(*args):
@@ -2216,7 +2254,7 @@ def test_every_kind_of_network_samples_unconditionally(saved, family, fusion):
 @pytest.mark.parametrize("name, solver, steps, words", [
     ("SiT-T/2", "ddpm", 9, "--solver ddpm is not for SiT; take sde or euler or heun"),
     ("DiT-T/2", "heun", 9, "not for DiT; take ddpm or ddim"),
-    ("SiT-T/2", None, 1, "--steps 1: the solver sde takes 2 to"),
+    ("SiT-T/2", None, 1, "--steps 1: the solver sde takes 2 or more"),
     ("DiT-T/2", None, 1001, "the solver ddpm takes 2 to 1000"), ("DiT-T/2", "ddim", 1, "2 to 1")])
 def test_solvers_that_do_not_suit_are_refused(name, solver, steps, words):
     with pytest.raises(UserError, match=words):
@@ -2454,6 +2492,12 @@ def test_a_space_has_timms_pooled_features_of_its_weights_and_settings_in_float3
     plain.net.register_forward_hook(lambda *_: seen.append((cudnn.enabled, cudnn.allow_tf32)))
     plain(sets[0])
     assert seen == [(True, False)]
+    with imagined_gpu():
+        for name in ("mean", "std"):
+            setattr(plain, name, getattr(plain, name).to("cuda"))
+        plain.net.to("cuda")
+        features, = plain.features(images.to("cuda"))
+        assert (features.device.type, features.dtype) == ("cuda", torch.float32)
 
 
 def test_moments_are_kept_and_of_one_space_and_flags_that_do_not_fit_refused(
@@ -2473,6 +2517,7 @@ def test_moments_are_kept_and_of_one_space_and_flags_that_do_not_fit_refused(
             ("b.npz --save_stats kept", "kept is there already"),
             ("b.npz --features pixels --weights test_vit.pth", "--weights means nothing"),
             ("digits --features pixels", "judges of its own"),
+            ("digits --device x", "judges of its own"),
             ("stranger.npz --features pixels", "holds moments of pixels 5, not of pixels"),
             ("digits", r"images of \(9, 8\)")):
         refused(fid, f"a.npz {wrong}", words, capsys)
@@ -2494,6 +2539,8 @@ def test_precision_and_recall_are_those_of_scikit_learns_neighbours():
     assert 0.3 < expected[1] < expected[0] < 1
     with pytest.raises(ValueError, match="more than 3"):
         fid.precision_and_recall(samples, reference[:3])
+    with NoDoubles():
+        fid.precision_and_recall(samples.float(), reference.float())
 
 
 def test_images_are_the_same_from_every_kind_of_source(sets, capsys):

@@ -74,7 +74,7 @@ def parser():
             options |= {"nargs": "?", "const": REPA_WEIGHT}
         p.add_argument(f"--{name}", **options, help=f"{meaning} (default: {default}{digits})")
     p.flag("out", "out", "output folder", metavar="DIR")
-    p.switch("restart", False, "start over where DIR holds a checkpoint, which becomes ckpt.pt.old")
+    p.switch("restart", False, "start over where DIR holds a run, whose files get names with .old")
     p.add_argument("--micro_batch_size", type=run.count,
                    help="gradient accumulation: images that a process computes at once of its part "
                         "of --batch_size (default: all)")
@@ -220,8 +220,9 @@ class Trainer:
             self.step = checkpoint["step"]
             with run.blamed_on(f"the checkpoint in {args.out} does not fit this code",
                                "take the code that began it, or choose another --out"):
-                for name, part in self.parts.items():    # copied: AdamW would use the file's pages
-                    part.load_state_dict(copy.deepcopy(checkpoint[name]))
+                for name, part in self.parts.items():
+                    state = checkpoint[name]             # AdamW would use the file's pages
+                    part.load_state_dict(copy.deepcopy(state) if name == "optimizer" else state)
                 self.sums += np.array(checkpoint["sums"]) * (rank == 0)
         net.grad_checkpointing = args.grad_checkpointing
         if args.compile:
@@ -416,11 +417,15 @@ def newest_checkpoint(out):
 
 
 def truncate_log(path, step):
-    """Drop what a killed run logged after its checkpoint of that step, and a torn last line."""
+    """Drop what a killed run logged after its checkpoint of that step, and what is no line of a
+    log, such as a torn one."""
+    def is_kept(line):
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            return line.endswith(b"\n") and json.loads(line)["step"] <= step
+
     if os.path.exists(path):
         with open(path, "rb") as file:
-            kept = [line for line in file
-                    if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+            kept = list(filter(is_kept, file))
         run.write_whole(path, lambda file: file.writelines(kept))
 
 
@@ -454,7 +459,7 @@ def draw_log(out, names):
         log = [json.loads(line) for line in file]
     figure = Figure(layout="constrained")
     for axes, name in zip(figure.subplots(len(names), sharex=True), names):
-        points = [(line["step"], line[name]) for line in log if line[name] is not None]
+        points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
         axes.plot(*zip(*points), marker=".")
         axes.set_ylabel(name)
     axes.set_xlabel("step")
@@ -518,8 +523,6 @@ def resolve(args, checkpoint=None):
                 raise UserError(f"--{name} is about features z, and --fusion none has none; drop "
                                 "one of the two")
         settings |= off
-    if settings["init"] and not checkpoint and not os.path.exists(settings["init"]):
-        raise UserError(f"--init {settings['init']}: no such file")
     return settings
 
 
@@ -554,10 +557,11 @@ def main(args):
             raise UserError("the processes see different checkpoints, flags or data: --out and "
                             "--data must be on a disk that all machines share")
         if rank == 0:
-            if anew:                                       # the old run is kept
+            if anew:                                       # the old runs are kept
+                olds = {name.rpartition(".")[2] for name in glob.glob("*.old*", root_dir=out)}
                 for pattern in ("ckpt*.pt", "ema_*.pt", "log.jsonl", "results.json"):
                     for name in glob.glob(pattern, root_dir=out):
-                        os.replace(f"{out}/{name}", f"{out}/{name}.old")
+                        os.replace(f"{out}/{name}", f"{out}/{name}.old{len(olds) + 1}")
             n_params = sum(param.numel() for param in trainer.net.parameters())
             print(f"{settings['model']} {settings['fusion']}, {n_params:,} parameters, on "
                   f"{trainer.dataset.n:,} images: steps {trainer.step} to {settings['steps']}, "
