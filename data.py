@@ -476,10 +476,11 @@ def write_shard(path, columns, vae=Pixels, skipped=()):
 def mean_square(array, has_std=False, scale=1.0, shift=0.0):
     """Stored latents or features (n, C or 2C, h, w) -> (C,) mean squares of scaled ones; of drawn
     ones, where the second half of the channels is a standard deviation. Zeros if n is 0."""
-    mean, std = np.split(array.astype(np.float32), 2, 1) if has_std else (array, np.float32(0))
-    scale, shift = (np.reshape(np.float32(v), (-1, 1, 1)) for v in (scale, shift))
-    square = np.square((mean - shift) * scale) + np.square(std * scale)
-    return square.sum((0, 2, 3), dtype=np.float64) / max(1, square[:, 0].size)
+    mean, *std = torch.from_numpy(array).float().chunk(1 + has_std, 1)
+    square = pretrained.scaled(mean, scale, shift).square()
+    for part in std:
+        square += pretrained.scaled(part, scale, 0.0).square()
+    return square.numpy().sum((0, 2, 3), dtype=np.float64) / max(1, square[:, 0].numel())
 
 
 def describe(out, shards, encoders, meta):
