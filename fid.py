@@ -371,7 +371,7 @@ def measure(batches, space, name="images", keep=False):
     return statistics
 
 
-def compare(samples, reference, space):
+def metrics_between(samples, reference, space):
     """Metrics by name, of what measure() returned in one Space for both."""
     counts = f"_{samples['n'] or 'stored'}_vs_{reference['n'] or 'stored'}"
     names = f"frechet_{space.name}", f"frechet_{space.name}_spatial"
@@ -462,7 +462,7 @@ def metrics_in_space(args):
              for each in sorted((samples, reference), key=lambda each: "mu" not in each.names)}
     with blamed_on(f"{args.samples} and {args.reference} cannot be compared",
                    "make their moments anew with --save_stats"):
-        metrics = compare(found[samples], found[reference], space)
+        metrics = metrics_between(found[samples], found[reference], space)
     if args.save_stats:
         kept = {name: value for name, value in found[reference].items() if value is not None}
         kept |= {"space": space.name, "weights": space.weights}

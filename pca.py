@@ -187,7 +187,7 @@ def image_grid(kinds, columns, tile, gap=2, names=()):
     return canvas
 
 
-def show(name, pca):
+def print_components(name, pca):
     print(f"{name}: {len(pca.variance)} of {len(pca.mean)} components, fitted on {pca.n:,} feature "
           f"vectors of {pca.encoder}, scale {pca.scale:g}")
     print("component  std of z  variance %  sum %")
@@ -202,12 +202,12 @@ def main(args):
             raise run.UserError(f"--out {args.out} is there already; choose another")
         pca = from_official(args.from_official, args.pca_scale)
         pca.save(args.out)
-        show(args.out, pca.first(min(8, len(pca.variance))))
+        print_components(args.out, pca.first(min(8, len(pca.variance))))
         print(f"{args.out} keeps all {len(pca.variance)}; use it with: python data.py --images DIR "
               f"--pca {args.out}")
     else:
         for path in sorted(glob.glob(f"{glob.escape(args.file)}/pca*.npz")) or [args.file]:
-            show(path, load(path))
+            print_components(path, load(path))
 
 
 def parser():

@@ -300,7 +300,7 @@ def choose_labels(labels, n, n_classes, seed):
     return torch.tensor(y)[torch.arange(n) % len(y)]
 
 
-def image_grid(versions, z_std=None, columns=10):
+def versions_grid(versions, z_std=None, columns=10):
     """A PIL image of samples uint8 (n, H, W, 3) above their features z (n, r, H, W) or None: rows
     of `columns` images, tiles at least 48 pixels wide. versions: [(name, images, z)], which stand
     one below the other. z_std (r,): the data's, for equal brightness; None: of these z."""
@@ -318,10 +318,10 @@ def image_grid(versions, z_std=None, columns=10):
 
 
 def sheet(images, z=None, y=None, classes=(), z_std=None, columns=10):
-    """image_grid() of samples of classes y (n,), class by class, or as they come if there are more
-    than `columns`; the name of a row's class, or of its first and last, on the left."""
+    """versions_grid() of samples of classes y (n,), class by class, or as they come if
+    these are more than `columns`; the name of a row's class, or of its first and last, on the left."""
     if y is None:
-        return image_grid([("", images, z)], z_std, columns)
+        return versions_grid([("", images, z)], z_std, columns)
     groups = [np.flatnonzero(y == k) for k in np.unique(y)]
     if len(groups) > columns:
         groups = [np.arange(len(y))]
@@ -330,7 +330,7 @@ def sheet(images, z=None, y=None, classes=(), z_std=None, columns=10):
         for row in np.split(group, range(columns, len(group), columns)):
             ends = dict.fromkeys(str(classes[y[i]]) for i in (row[0], row[-1]))
             versions.append((" ... ".join(ends), images[row], None if z is None else z[row]))
-    return image_grid(versions, z_std, columns)
+    return versions_grid(versions, z_std, columns)
 
 
 def compare(net, y, w_cfg=1.0, w_r=1.0, **options):
@@ -490,13 +490,13 @@ def is_finished(args, settings):
     return True
 
 
-def show(path, versions, meta, device, above=()):
+def save_versions(path, versions, meta, device, above=()):
     """Draw versions [(name, x, z)], below those `above` of [(name, images, z)]."""
     for name, x, _ in versions:
         check_finite(x, f"the samples {name}")
     drawn = [(name, data.decode(x, meta, device), z) for name, x, z in versions]
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    run.write_picture(path, image_grid([*above, *drawn], meta["z_std"]))
+    run.write_picture(path, versions_grid([*above, *drawn], meta["z_std"]))
     print(path)
 
 
@@ -593,13 +593,13 @@ def main(args):
     elif run.rank_and_count()[0] == 0:
         y = y[:min(args.n_sheet, 10)]
         if args.compare:
-            show(f"{args.out}/compare.png", compare(net, y, **options), meta, device)
+            save_versions(f"{args.out}/compare.png", compare(net, y, **options), meta, device)
         if args.trajectory:
-            show(f"{args.out}/trajectory.png", trajectory(net, y, **options), meta, device)
+            save_versions(f"{args.out}/trajectory.png", trajectory(net, y, **options), meta, device)
         if args.z_from:
             images, z, y = read_given(args, net, metadata, device)
-            show(f"{args.out}/variations.png", variations(net, y, z, **options), meta, device,
-                 [("given", images, z)])
+            save_versions(f"{args.out}/variations.png", variations(net, y, z, **options), meta,
+                          device, [("given", images, z)])
 
 
 if __name__ == "__main__":

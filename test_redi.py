@@ -2349,7 +2349,7 @@ def test_variations_have_the_z_of_the_given_images_and_their_classes(saved, ther
     assert asked == [(of, seed) for of in (y.tolist(), [10, 10], [7]) for seed in range(4)]
     assert len(pictures[0]) == 6 * 50 + 2                   # given, its z and four samples
     assert np.abs(pictures[0] - pictures[1])[:100].max() <= 2            # stored as float16
-    alone = sample.image_grid([("", data.to_images(x), z)], dataset.meta["z_std"])
+    alone = sample.versions_grid([("", data.to_images(x), z)], dataset.meta["z_std"])
     assert np.abs(pictures[0][:100] - np.asarray(alone).astype(int)[:100]).max() <= 1
     assert not (pictures[0][100:150] == pictures[0][150:200]).all()
     saved(tiny(r=4, x_channels=1), dataset.meta | {"z_size": 5})
@@ -2603,7 +2603,7 @@ def test_all_five_metrics_in_adms_layout(sets, capsys, monkeypatch):
     for space.published, n, expected in (
             (True, 50_000, ["fid", "sfid"]), (True, 49_999, ["fid_49999_vs_7", "sfid_49999_vs_7"]),
             (False, 50_000, [f"frechet_inception{part}_50000_vs_7" for part in ("", "_spatial")])):
-        assert list(fid.compare(moments | {"n": n}, moments | {"n": 7}, space)) == expected
+        assert list(fid.metrics_between(moments | {"n": n}, moments | {"n": 7}, space)) == expected
 
 
 def test_images_that_are_none_are_one_line(sets):

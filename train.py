@@ -58,9 +58,9 @@ SETTINGS = {
                    "steps between snapshots of the EMA, kept as ema_STEP.pt; 0 is off"),
     "preview_every": (25_000, run.count, "steps between preview sheets"),
 }
-DIGITS = {"data": "digits", "z_channels": 4, "batch_size": 128, "lr": 3e-3, "ema": 0.995,
-          "steps": 1_400, "sample_steps": 40, "log_every": 25, "ckpt_every": 250,
-          "preview_every": 500}         # of size T on digits
+ON_DIGITS = {"data": "digits", "z_channels": 4, "batch_size": 128, "lr": 3e-3, "ema": 0.995,
+             "steps": 1_400, "sample_steps": 40, "log_every": 25, "ckpt_every": 250,
+             "preview_every": 500}      # of size T
 CHANGEABLE = {"data", "init", "steps", "grad_clip", "sample_steps", "log_every", "ckpt_every",
               "keep_every", "preview_every"}                 # where a run is continued
 
@@ -68,7 +68,7 @@ CHANGEABLE = {"data", "init", "steps", "grad_clip", "sample_steps", "log_every",
 def parser():
     p = run.Parser(description=__doc__)
     for name, (default, kind, meaning) in SETTINGS.items():
-        digits = f"; {DIGITS[name]} for size T on digits" if name in DIGITS else ""
+        digits = f"; {ON_DIGITS[name]} for size T on digits" if name in ON_DIGITS else ""
         options = {"type": kind} if kind is not bool else {"action": argparse.BooleanOptionalAction}
         if name == "repa":
             options |= {"nargs": "?", "const": REPA_WEIGHT}
@@ -442,7 +442,7 @@ def preview(trainer, out, name):
     try:
         images = data.decode(x, meta, trainer.device)
         run.write_picture(f"{out}/{name}",
-                          sample.image_grid([("", images, z)], meta["z_std"], columns))
+                          sample.versions_grid([("", images, z)], meta["z_std"], columns))
     except UserError as error:
         say_once(f"no {name}: {error}")
     if os.path.exists(f"{out}/log.jsonl"):
@@ -510,7 +510,7 @@ def resolve(args, checkpoint=None):
         _, size, _ = model.parse_name(chosen["model"])
     is_tiny = size == "T" and (chosen["data"] == "digits" or
                                data.read_meta(chosen["data"]).get("name") == "digits")
-    settings = defaults | (DIGITS if is_tiny else {}) | stored
+    settings = defaults | (ON_DIGITS if is_tiny else {}) | stored
     for name in given:
         if checkpoint and name not in CHANGEABLE and given[name] != settings[name]:
             raise UserError(f"--{name} {given[name]} contradicts the checkpoint's "
